@@ -1,0 +1,426 @@
+"""Photos and captions to batches: Flickr30k in every form people have it, and `shapes`, a drawn world.
+
+`load(name_or_folder, ...)` returns a Dataset with the splits train, val and (where there is one) test, each with
+all its photos as one uint8 array and all its captions as one array of token ids. A batch is then two look-ups
+and an `augment` on the device: there are no loader workers.
+"""
+import csv
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+
+
+class InputError(ValueError):
+    """What the user gave can't be used. The message is one line: what is wrong, and what to do."""
+
+
+@contextmanager
+def atomic(path):
+    """Yields a temporary path to write; at the end of the block it becomes `path`, after an error it goes."""
+    temporary = Path(path).with_name(f".{os.getpid()}.{Path(path).name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Captions: every form of Flickr30k and Flickr8k becomes {photo name: (split or None, [caption, ...])}
+# ---------------------------------------------------------------------------------------------------------
+
+DOWNLOAD = "flickr30k"      # where `--data flickr30k` lives, and the folder that the download makes
+
+
+def read_karpathy(text):
+    """Karpathy's dataset_*.json: {"images": [{"filename", "split", "sentences": [{"raw"}, ...]}, ...]}."""
+    return {image["filename"]: (image["split"], [sentence["raw"] for sentence in image["sentences"]])
+            for image in json.loads(text)["images"]}
+
+
+def read_hub(text):
+    """nlphuji/flickr30k's flickr_annotations_30k.csv: columns raw (a JSON list), split, filename and others."""
+    return {row["filename"]: (row["split"], json.loads(row["raw"]))
+            for row in csv.DictReader(text.splitlines(keepends=True))}
+
+
+def read_kaggle(text):
+    """Kaggle's results.csv: lines `name.jpg| 0| caption`. One line of the published file has lost its second
+    bar (`2199200615.jpg| 4   A dog runs ...`), which this pattern forgives."""
+    captions = {}
+    for number, line in enumerate(text.splitlines()[1:], start=2):
+        row = re.fullmatch(r"([^|]+)\|\s*\d+\s*\|?(.*)", line)
+        if line.strip() and not row:
+            raise ValueError(f"line {number} is not `name.jpg| 0| caption`: {line[:60]!r}")
+        if row:
+            captions.setdefault(row[1].strip(), (None, []))[1].append(row[2])
+    return captions
+
+
+def read_flickr8k(text):
+    """Flickr8k's captions.txt: a CSV with the header `image,caption`."""
+    captions = {}
+    for row in csv.DictReader(text.splitlines(keepends=True)):
+        captions.setdefault(row["image"], (None, []))[1].append(row["caption"])
+    return captions
+
+
+# Karpathy's file also gives the published split, so it wins where there are several.
+READERS = {"dataset_*.json": read_karpathy, "flickr_annotations_30k.csv": read_hub,
+           "results.csv": read_kaggle, "captions.txt": read_flickr8k}
+
+
+def read_captions(folder):
+    """The captions file of a folder (or one folder deeper), read: (path, {name: (split, captions)}).
+
+    Where the file has no split, a photo's own name decides, 1 in 20 each to val and test: file order doesn't
+    matter, and adding photos moves none. Raises InputError where there is no file or it can't be read."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"no such folder: {folder}; --data takes a folder with photos and captions, or `shapes`")
+    found = [(path, read) for pattern, read in READERS.items()
+             for path in sorted(folder.glob(pattern)) + sorted(folder.glob(f"*/{pattern}"))]
+    if not found:
+        raise InputError(f"no captions in {folder}: looked for {', '.join(READERS)} there and one folder deeper")
+    path, read = found[0]
+    try:
+        photos = read(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+        raise InputError(f"{path} can't be read as {read.__doc__.split(':')[0]}: "
+                         f"{type(error).__name__}: {str(error)[:120]}") from error
+    captions = {}
+    for name, (split, sentences) in photos.items():
+        if split is None:
+            split = {0: "val", 1: "test"}.get(int(hashlib.md5(name.encode()).hexdigest(), 16) % 20, "train")
+        sentences = [" ".join(sentence.split()) for sentence in sentences if sentence and sentence.strip()]
+        if sentences:
+            # Karpathy's `restval` photos are those of COCO's val that everybody trains on.
+            captions[name] = ("train" if split == "restval" else split, sentences)
+    if not captions:
+        raise InputError(f"{path} holds no captions")
+    return path, captions
+
+
+def download(folder):
+    """Fetches Flickr30k from the Hugging Face hub into `folder`, which appears whole or not at all; what an
+    interrupted download has fetched stays in `<folder>.partial` and is not fetched again."""
+    import zipfile
+    from huggingface_hub import hf_hub_download
+    print("Flickr30k: 4.4 GB from the Hugging Face hub (nlphuji/flickr30k). The photos belong to their authors on\n"
+          "Flickr; the data set may be used for non-commercial research and education only.", flush=True)
+    partial = Path(f"{folder}.partial")
+    try:
+        for name in ("flickr_annotations_30k.csv", "flickr30k-images.zip"):
+            hf_hub_download("nlphuji/flickr30k", name, repo_type="dataset", local_dir=partial)
+    except Exception as error:                              # the hub's client has dozens of kinds
+        raise InputError(f"Flickr30k is not in ./{folder} and could not be downloaded ({type(error).__name__}): "
+                         "give your copy with --data DIR, or try --data shapes, which needs none") from error
+    photos = partial / "flickr30k-images"
+    try:
+        with zipfile.ZipFile(partial / "flickr30k-images.zip") as archive, atomic(photos) as temporary:
+            temporary.mkdir()
+            members = [m for m in archive.infolist() if m.filename.endswith(".jpg") and "__MACOSX" not in m.filename]
+            if sum(member.file_size for member in members) > 20 * 2**30:
+                raise InputError(f"{archive.filename} would unpack to more than 20 GiB: not the published file")
+            for member in members:                          # by its last name only, so nothing lands elsewhere
+                with archive.open(member) as source, open(temporary / Path(member.filename).name, "wb") as target:
+                    shutil.copyfileobj(source, target)
+    except zipfile.BadZipFile as error:
+        raise InputError(f"{partial / 'flickr30k-images.zip'} is damaged ({error}): delete it and try again") from error
+    (partial / "flickr30k-images.zip").unlink()
+    os.replace(partial, folder)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Photos: decoded once into an array on disk
+# ---------------------------------------------------------------------------------------------------------
+
+
+def load_photo(path, size):
+    """A file to (size, size, 3) uint8: the shorter side resized to `size` with PIL's bicubic filter, then the
+    middle cut out. For upright RGB photos that is CLIPImageProcessor, bit for bit."""
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:                     # what shows through is white, as on a page
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+    width, height = image.size
+    if max(width, height) > 20 * min(width, height):        # a 1 x 4000 strip would become 224 x 896,000
+        image = ImageOps.fit(image, (min(width, 20 * height), min(height, 20 * width)))
+        width, height = image.size
+    short = min(width, height)
+    image = image.resize((int(size * width / short), int(size * height / short)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def find_photos(captions_file, names):
+    """{name: path} for photos beside the captions file or one folder deeper."""
+    if bad := next((name for name in names if Path(name).name != name), None):
+        raise InputError(f"{captions_file} names the photo {bad!r}: a photo's name is a file name without folders")
+    folder = captions_file.parent
+    try:
+        folders = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
+        paths = {entry.name: Path(entry.path) for place in reversed(folders) for entry in os.scandir(place)}
+    except OSError as error:
+        raise InputError(f"can't list the photos: {error}") from error
+    return {name: paths[name] for name in names if name in paths}
+
+
+def build_store(store, photos, size):
+    """Decodes photos {name: path} in parallel into `store`: size x size x 3 bytes each, in order, and the
+    names of those that could be read in names.json. The folder appears whole or not at all."""
+    from tqdm import tqdm
+    store.parent.mkdir(parents=True, exist_ok=True)
+
+    def decode(item):
+        try:
+            return load_photo(item[1], size)
+        except Exception as error:                          # PIL raises almost anything on a damaged file
+            return error
+
+    names, broken = [], {}
+    # Threads are enough: PIL lets go of Python's lock while it decodes and resizes.
+    with atomic(store) as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
+        temporary.mkdir()
+        with open(temporary / "photos.uint8", "wb") as file:
+            progress = tqdm(pool.map(decode, photos.items()), "decoding", len(photos), unit=" photos", leave=False)
+            for name, photo in zip(photos, progress):
+                if isinstance(photo, Exception):
+                    broken[name] = photo
+                else:
+                    file.write(photo.tobytes())
+                    names.append(name)
+        if len(broken) > 0.01 * len(photos):
+            name, error = next(iter(broken.items()))
+            raise InputError(f"{len(broken)} of {len(photos)} photos can't be read, {name} for one ({error})")
+        (temporary / "names.json").write_text(json.dumps(names))
+    for name, error in broken.items():
+        print(f"warning: {name} is left out: {error}", file=sys.stderr)
+
+
+def photo_store(photos, size, cache):
+    """Photos {name: path} as (names, uint8 (N, size, size, 3)), memory-mapped. Reused as long as the names, the
+    files' sizes and times and `size` are the same: their hash is the name of the folder in `cache`."""
+    stats = [(name, os.stat(path).st_size, os.stat(path).st_mtime_ns) for name, path in photos.items()]
+    store = Path(cache) / hashlib.sha256(json.dumps([size, stats]).encode()).hexdigest()[:16]
+    if not store.exists():
+        build_store(store, photos, size)
+    names = json.loads((store / "names.json").read_text())
+    # mode "c", a private map that could be written, only because torch warns about read-only memory
+    return names, np.memmap(store / "photos.uint8", np.uint8, mode="c", shape=(len(names), size, size, 3))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A drawn world: two objects in two of four corners. Nothing to download, and every caption says all there is.
+# ---------------------------------------------------------------------------------------------------------
+
+SIZES = {"small": 0.09, "large": 0.19}                      # radius as a share of the picture's side
+COLOURS = {"red": (225, 35, 35), "green": (30, 160, 60), "blue": (40, 80, 230), "yellow": (245, 210, 30),
+           "purple": (150, 50, 180), "cyan": (60, 210, 225)}
+SHAPES = ("circle", "square", "triangle", "cross", "ring")
+PLACES = {"top left": (0.27, 0.27), "top right": (0.73, 0.27), "bottom left": (0.27, 0.73), "bottom right": (0.73, 0.73)}
+BACKGROUNDS = {"white": (250, 250, 250), "grey": (128, 128, 128), "black": (10, 10, 10)}
+OBJECTS = [(size, colour, shape) for size in SIZES for colour in COLOURS for shape in SHAPES]
+CORNERS = [(a, b) for a in PLACES for b in PLACES if list(PLACES).index(a) < list(PLACES).index(b)]
+SCENES = len(OBJECTS) ** 2 * len(CORNERS) * len(BACKGROUNDS)
+
+
+@cache
+def scene_order(seed):
+    return np.random.default_rng(seed).permutation(SCENES)
+
+
+def scene(seed, index):
+    """Scene `index` of world `seed`: ((object, place), (object, place), background), where an object is
+    (size, colour, shape). No two indices give the same scene: they are a permutation of all that there are."""
+    code, background = divmod(int(scene_order(seed)[index]), len(BACKGROUNDS))
+    code, corners = divmod(code, len(CORNERS))
+    first, second = divmod(code, len(OBJECTS))
+    return (OBJECTS[first], CORNERS[corners][0]), (OBJECTS[second], CORNERS[corners][1]), list(BACKGROUNDS)[background]
+
+
+def draw(scene, side, rng):
+    """A scene as (side, side, 3) uint8, each object shaken a little by `rng`. Drawn four times as large and
+    scaled down, for smooth edges."""
+    *objects, background = scene
+    image = Image.new("RGB", (4 * side, 4 * side), BACKGROUNDS[background])
+    pen = ImageDraw.Draw(image)
+    for (size, colour, shape), place in objects:
+        radius = 4 * side * SIZES[size] * rng.uniform(0.9, 1.1)
+        x, y = (4 * side * (centre + rng.uniform(-0.04, 0.04)) for centre in PLACES[place])
+        box, fill = (x - radius, y - radius, x + radius, y + radius), COLOURS[colour]
+        if shape == "circle":
+            pen.ellipse(box, fill)
+        elif shape == "ring":
+            pen.ellipse(box, outline=fill, width=round(radius * 0.4))
+        elif shape == "square":
+            pen.rectangle(box, fill)
+        elif shape == "triangle":
+            pen.polygon([(x, y - radius), (x + radius, y + radius), (x - radius, y + radius)], fill)
+        else:
+            pen.rectangle((x - radius, y - radius / 3, x + radius, y + radius / 3), fill)
+            pen.rectangle((x - radius / 3, y - radius, x + radius / 3, y + radius), fill)
+    return np.asarray(image.reduce(4))
+
+
+def describe(scene, rng):
+    """Five captions of a scene, all of them complete: they name both objects, both places and the background,
+    in an order that `rng` draws."""
+    *objects, ground = scene
+    captions = []
+    for template in TEMPLATES:
+        rng.shuffle(objects)
+        (a, place_a), (b, place_b) = objects
+        row_a, row_b, column_a, column_b = *(place.split()[0] for place in (place_a, place_b)), \
+            *(place.split()[1] for place in (place_a, place_b))
+        if row_a == row_b:
+            where = "to the left of" if column_a == "left" else "to the right of"
+        elif column_a == column_b:
+            where = "above" if row_a == "top" else "below"
+        else:
+            where = "diagonally across from"
+        captions.append(template.format(a=" ".join(a), b=" ".join(b), place_a=place_a, place_b=place_b, where=where,
+                                        size_a=a[0], colour_a=a[1], shape_a=a[2], size_b=b[0], colour_b=b[1],
+                                        shape_b=b[2], ground=ground))
+    return captions
+
+
+TEMPLATES = (
+    "a {a} at the {place_a} and a {b} at the {place_b} on a {ground} background",
+    "{ground} background with {a} {place_a} , {b} {place_b}",
+    "in the {place_a} corner there is a {a} , in the {place_b} corner a {b} , and all is on {ground}",
+    "on {ground} , a {a} at the {place_a} , {where} a {b}",
+    "the {shape_a} at the {place_a} is {size_a} and {colour_a} ; it is {where} a {shape_b} , {size_b} and {colour_b} , on {ground}",
+)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Tokenizer
+# ---------------------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(captions, vocab_size=8192):
+    """A CLIP tokenizer for these captions, made as OpenAI made theirs: the 256 bytes, the 256 bytes that end a
+    word, the merges that BPE finds, then the two markers, so that the end token has the largest id."""
+    from tokenizers import pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    blank = CLIPTokenizer().backend_tokenizer
+    blank.train_from_iterator(captions, trainers.BpeTrainer(
+        vocab_size=vocab_size - 256 - 2, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False))
+    merges = [tuple(merge) for merge in json.loads(blank.to_str())["model"]["merges"]]
+    tokens = [*alphabet, *(byte + "</w>" for byte in alphabet), *("".join(merge) for merge in merges),
+              "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges=merges)
+
+
+def load_tokenizer(name):
+    """A CLIPTokenizer from the hub or a folder."""
+    from transformers import CLIPTokenizer
+    try:
+        return CLIPTokenizer.from_pretrained(name)
+    except Exception as error:                              # the hub's client has dozens of kinds
+        raise InputError(f"no tokenizer {name}: give a hub name, a folder with vocab.json and merges.txt, or "
+                         f"`train` to make one from the captions ({type(error).__name__})") from error
+
+
+def tokenize(tokenizer, captions, context=77):
+    """Captions to int32 ids (len(captions), context). Longer ones are cut, and keep their end token: without it
+    there would be nowhere to read the caption's embedding (openai/CLIP #212)."""
+    ids = tokenizer(captions, padding="max_length", truncation=True, max_length=context)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int32)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Splits and batches
+# ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Split:
+    """photos (N, S, S, 3) uint8; names N; captions C, in the order of the photos; owner (C,): the photo that
+    each caption describes; ids (C, context) int32."""
+    photos: torch.Tensor
+    names: list
+    captions: list
+    owner: torch.Tensor
+    ids: torch.Tensor
+
+    def pairs(self, seed, epoch):
+        """(N, 2): all photos in a new order, each with one of its captions, drawn from (seed, epoch). One
+        caption a photo, so that no photo meets itself in a batch as a negative (vsepp #6)."""
+        rng = np.random.default_rng([seed, epoch])
+        photo = rng.permutation(len(self.photos))
+        first, count = np.searchsorted(self.owner, photo), np.bincount(self.owner)[photo]
+        return torch.from_numpy(np.stack([photo, first + rng.integers(count)], axis=1))
+
+    def place(self, device):
+        """Moves the photos into the device's memory if they fill at most half of what is free there; else
+        they stay memory-mapped and each batch is read from disk."""
+        if device.type == "cuda" and self.photos.numel() < torch.cuda.mem_get_info(device)[0] / 2:
+            self.photos = self.photos.to(device)
+        return self
+
+    def take(self, rows, device):
+        """Photos `rows` on the device, uint8 (len(rows), S, S, 3)."""
+        return self.photos[rows.to(self.photos.device)].to(device, non_blocking=True)
+
+    def tokens(self, rows, device):
+        """Ids of captions `rows`, cut to the longest of them, and that rounded up to a multiple of 16: a
+        compiled model is compiled again for every length that it meets."""
+        ids = self.ids[rows]
+        end = (ids == ids.amax(dim=1, keepdim=True)).int().argmax(dim=1)
+        return ids[:, :-(-(int(end.max()) + 1) // 16) * 16].to(device, non_blocking=True)
+
+
+@dataclass
+class Dataset:
+    """splits: {"train": Split, "val": Split, and "test" where there is one}. augmented: whether training photos
+    are cropped and flipped, which would make captions wrong that say "left" or "large"."""
+    name: str
+    splits: dict
+    tokenizer: object
+    augmented: bool
+
+
+def load_shapes(sizes, seed=0):
+    """Splits of the drawn world, without ids: sizes {split: number of scenes}. Scene i is what (seed, i) says,
+    whatever the sizes."""
+    splits, index = {}, 0
+    for split, count in sizes.items():
+        photos, captions = [], []
+        for i in range(index, index + count):
+            rng = random.Random(f"{seed}/{i}")
+            photos.append(draw(scene(seed, i), 48, rng))
+            captions += describe(scene(seed, i), rng)
+        names = [f"{i:05d}" for i in range(index, index + count)]
+        splits[split] = names, np.stack(photos), captions, np.repeat(np.arange(count), len(TEMPLATES))
+        index += count
+    return splits
+
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)   # OpenAI's, of their photos
+
+
+def normalize(photos):
+    """uint8 (B, S, S, 3) to the (B, 3, S, S) float that the model takes, each channel about N(0, 1)."""
+    mean, std = (torch.tensor(values, device=photos.device) for values in (MEAN, STD))
+    return ((photos / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
