@@ -7,6 +7,7 @@ and an `augment` on the device: there are no loader workers.
 import csv
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -292,11 +293,11 @@ def describe(scene, rng):
         row_a, row_b, column_a, column_b = *(place.split()[0] for place in (place_a, place_b)), \
             *(place.split()[1] for place in (place_a, place_b))
         if row_a == row_b:
-            where = "to the left of" if column_a == "left" else "to the right of"
+            where = "left of" if column_a == "left" else "right of"
         elif column_a == column_b:
             where = "above" if row_a == "top" else "below"
         else:
-            where = "diagonally across from"
+            where = "across from"
         captions.append(template.format(a=" ".join(a), b=" ".join(b), place_a=place_a, place_b=place_b, where=where,
                                         size_a=a[0], colour_a=a[1], shape_a=a[2], size_b=b[0], colour_b=b[1],
                                         shape_b=b[2], ground=ground))
@@ -306,9 +307,9 @@ def describe(scene, rng):
 TEMPLATES = (
     "a {a} at the {place_a} and a {b} at the {place_b} on a {ground} background",
     "{ground} background with {a} {place_a} , {b} {place_b}",
-    "in the {place_a} corner there is a {a} , in the {place_b} corner a {b} , and all is on {ground}",
+    "in the {place_a} corner a {a} , in the {place_b} corner a {b} , on {ground}",
     "on {ground} , a {a} at the {place_a} , {where} a {b}",
-    "the {shape_a} at the {place_a} is {size_a} and {colour_a} ; it is {where} a {shape_b} , {size_b} and {colour_b} , on {ground}",
+    "the {place_a} {shape_a} is {size_a} and {colour_a} , {where} a {shape_b} that is {size_b} and {colour_b} , on {ground}",
 )
 
 
@@ -384,11 +385,11 @@ class Split:
         return self.photos[rows.to(self.photos.device)].to(device, non_blocking=True)
 
     def tokens(self, rows, device):
-        """Ids of captions `rows`, cut to the longest of them, and that rounded up to a multiple of 16: a
+        """Ids of captions `rows`, cut to the longest of them, and that rounded up to a multiple of 8: a
         compiled model is compiled again for every length that it meets."""
         ids = self.ids[rows]
         end = (ids == ids.amax(dim=1, keepdim=True)).int().argmax(dim=1)
-        return ids[:, :-(-(int(end.max()) + 1) // 16) * 16].to(device, non_blocking=True)
+        return ids[:, :-(-(int(end.max()) + 1) // 8) * 8].to(device, non_blocking=True)
 
 
 @dataclass
@@ -401,15 +402,15 @@ class Dataset:
     augmented: bool
 
 
-def load_shapes(sizes, seed=0):
-    """Splits of the drawn world, without ids: sizes {split: number of scenes}. Scene i is what (seed, i) says,
-    whatever the sizes."""
+def load_shapes(sizes, side, seed=0):
+    """Splits of the drawn world, `side` pixels large: sizes {split: number of scenes}. Returns for each split
+    (names, photos, captions, owner). Scene i is what (seed, i) says, whatever the sizes."""
     splits, index = {}, 0
     for split, count in sizes.items():
         photos, captions = [], []
         for i in range(index, index + count):
             rng = random.Random(f"{seed}/{i}")
-            photos.append(draw(scene(seed, i), 48, rng))
+            photos.append(draw(scene(seed, i), side, rng))
             captions += describe(scene(seed, i), rng)
         names = [f"{i:05d}" for i in range(index, index + count)]
         splits[split] = names, np.stack(photos), captions, np.repeat(np.arange(count), len(TEMPLATES))
@@ -424,3 +425,51 @@ def normalize(photos):
     """uint8 (B, S, S, 3) to the (B, 3, S, S) float that the model takes, each channel about N(0, 1)."""
     mean, std = (torch.tensor(values, device=photos.device) for values in (MEAN, STD))
     return ((photos / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+
+def augment(photos, size, scale=(0.4, 1.0), ratio=(3 / 4, 4 / 3)):
+    """uint8 (B, S, S, 3) to normalised (B, 3, size, size): a random crop of `scale` of the area with sides in
+    `ratio`, mirrored for every second photo, all on the photos' device and for the whole batch at once."""
+    B, device = len(photos), photos.device
+    area = torch.empty(B, device=device).uniform_(*scale)
+    sides = torch.empty(B, device=device).uniform_(math.log(ratio[0]), math.log(ratio[1])).exp()
+    width, height = (area * sides).sqrt().clamp(max=1), (area / sides).sqrt().clamp(max=1)
+    mirror = torch.randint(2, (B,), device=device) * 2 - 1
+    # Where output pixel (x, y, 1) comes from, with all coordinates from -1 to 1.
+    theta = torch.zeros(B, 2, 3, device=device)
+    theta[:, 0, 0], theta[:, 0, 2] = width * mirror, (1 - width) * torch.empty_like(width).uniform_(-1, 1)
+    theta[:, 1, 1], theta[:, 1, 2] = height, (1 - height) * torch.empty_like(height).uniform_(-1, 1)
+    grid = F.affine_grid(theta, (B, 3, size, size), align_corners=False)
+    return F.grid_sample(normalize(photos), grid, padding_mode="border", align_corners=False)
+
+
+def load(name, tokenizer, image_size, context=77, cache="cache"):
+    """The Dataset `name` ("shapes", or a folder; ./flickr30k is downloaded if it isn't there) with photos for a
+    model of this image_size and captions of at most `context` tokens. `tokenizer`: hub name, folder or "train"."""
+    if name == "shapes":
+        parts = load_shapes({"val": 500, "test": 500, "train": 10_000}, image_size)
+    else:
+        if name == DOWNLOAD and not Path(name).exists():
+            download(name)
+        captions_file, captions = read_captions(name)
+        paths = find_photos(captions_file, captions)
+        if len(paths) < 0.99 * len(captions):
+            missing = next(name for name in captions if name not in paths)
+            raise InputError(f"{captions_file} names {len(captions)} photos, but {len(captions) - len(paths)} of them, "
+                             f"{missing} for one, are not beside it or one folder deeper")
+        parts = {}
+        for split in ("train", "val", "test"):
+            chosen = {name: path for name, path in paths.items() if captions[name][0] == split}
+            if not chosen and split != "test":
+                raise InputError(f"{captions_file} has no {split} photos")
+            if chosen:
+                # A crop of a training photo needs a margin: 256 pixels for the 224 of ViT-B/16.
+                names, photos = photo_store(chosen, image_size * 8 // 7 if split == "train" else image_size, cache)
+                sentences = [captions[name][1] for name in names]
+                owner = np.repeat(np.arange(len(names)), [len(s) for s in sentences])
+                parts[split] = names, photos, [c for s in sentences for c in s], owner
+    tokenizer = train_tokenizer(parts["train"][2]) if tokenizer == "train" else load_tokenizer(tokenizer)
+    splits = {split: Split(torch.from_numpy(photos), names, captions, torch.from_numpy(owner),
+                           tokenize(tokenizer, captions, context))
+              for split, (names, photos, captions, owner) in parts.items()}
+    return Dataset(str(name), splits, tokenizer, augmented=name != "shapes")
