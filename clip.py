@@ -16,8 +16,8 @@ import json
 import math
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,9 +27,7 @@ from torch import nn
 import data
 from data import InputError
 
-# ---------------------------------------------------------------------------------------------------------
-# The model
-# ---------------------------------------------------------------------------------------------------------
+# --- The model -------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -162,7 +160,8 @@ class VisionEmbeddings(nn.Module):
         B, _, height, width = pixels.shape
         P = self.patch_embedding.kernel_size[0]
         # A convolution that never overlaps is one Linear on each flattened patch, and runs faster as that.
-        patches = pixels.view(B, 3, height // P, P, width // P, P).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        patches = pixels.view(B, 3, height // P, P, width // P, P).permute(0, 2, 4, 1, 3, 5)
+        patches = patches.reshape(B, -1, 3 * P * P)                                     # (B, T - 1, 3 P P)
         x = F.linear(patches, self.patch_embedding.weight.flatten(1))                   # (B, T - 1, C)
         x = torch.cat([self.class_embedding.expand(B, 1, -1).to(x.dtype), x], dim=1)    # (B, T, C)
         return x + self.position_embedding.weight
@@ -184,7 +183,7 @@ class VisionTransformer(nn.Module):
         x = self.embeddings(pixels)                                                     # (B, T, C)
         x = self.pre_layrnorm(x)
         x = self.encoder(x)
-        return self.post_layernorm(x[:, 0])                                             # (B, C): the class token
+        return self.post_layernorm(x[:, 0])                                             # (B, C), class token
 
 
 class TextEmbeddings(nn.Module):
@@ -280,32 +279,29 @@ class CLIP(nn.Module):
 
 @torch.no_grad()
 def init_weights(model):
-    """Every starting value, in place. The scales are those of openai/CLIP model.py:initialize_parameters,
-    there for the text tower only. (Hugging Face exchanges two of them: it gives q, k and v the smaller
-    scale that belongs to the Linears that write into the residual stream.)"""
+    """Every starting value, in place: norms 1, biases 0, the rest normal with the scales of openai/CLIP
+    (model.py: initialize_parameters), which it gives for the text tower. Hugging Face exchanges two of them:
+    there q, k and v have the smaller scale, which belongs to what writes into the residual stream."""
     for tower, config in ((model.vision_model, model.config.vision), (model.text_model, model.config.text)):
-        # 2 L layers write into the residual stream; this keeps its variance from growing with depth (GPT-2).
-        residual_std = config.hidden_size ** -0.5 * (2 * config.num_hidden_layers) ** -0.5
-        for layer in tower.encoder.layers:
-            nn.init.normal_(layer.self_attn.q_proj.weight, std=config.hidden_size ** -0.5)
-            nn.init.normal_(layer.self_attn.k_proj.weight, std=config.hidden_size ** -0.5)
-            nn.init.normal_(layer.self_attn.v_proj.weight, std=config.hidden_size ** -0.5)
-            nn.init.normal_(layer.self_attn.out_proj.weight, std=residual_std)
-            nn.init.normal_(layer.mlp.fc1.weight, std=(2 * config.hidden_size) ** -0.5)
-            nn.init.normal_(layer.mlp.fc2.weight, std=residual_std)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):                       # LayerNorms keep PyTorch's weight 1 and bias 0
-            nn.init.zeros_(parameter)
+        width = config.hidden_size ** -0.5
+        # 2 L layers add to the residual stream; this keeps its variance from growing with depth (GPT-2).
+        residual = width * (2 * config.num_hidden_layers) ** -0.5
+        std = {"q_proj": width, "k_proj": width, "v_proj": width, "out_proj": residual,
+               "fc1": (2 * config.hidden_size) ** -0.5, "fc2": residual}
+        for name, module in tower.encoder.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=std[name.split(".")[-1]])
+                nn.init.zeros_(module.bias)             # LayerNorms start with weight 1, bias 0 by themselves
     vision, text = model.vision_model.embeddings, model.text_model.embeddings
     nn.init.normal_(vision.class_embedding, std=model.config.vision.hidden_size ** -0.5)
     nn.init.normal_(vision.position_embedding.weight, std=model.config.vision.hidden_size ** -0.5)
-    nn.init.normal_(vision.patch_embedding.weight, std=(3 * model.config.patch_size ** 2) ** -0.5)  # 1 / sqrt(fan in)
+    nn.init.normal_(vision.patch_embedding.weight, std=(3 * model.config.patch_size ** 2) ** -0.5)
     nn.init.normal_(text.token_embedding.weight, std=0.02)
     nn.init.normal_(text.position_embedding.weight, std=0.01)
     nn.init.normal_(model.visual_projection.weight, std=model.config.vision.hidden_size ** -0.5)
     nn.init.normal_(model.text_projection.weight, std=model.config.text.hidden_size ** -0.5)
-    # The temperature 0.07 as the logarithm of its inverse. exp(0.07) instead, a common slip, starts at a scale
-    # of 1.07: the logits are then all but equal and training crawls at chance.
+    # The logarithm of one over the temperature, 0.07. A common slip, exp(0.07), starts at a scale of 1.07:
+    # all logits are then nearly equal, and training crawls at chance.
     nn.init.constant_(model.logit_scale, math.log(1 / 0.07))
 
 
@@ -338,77 +334,74 @@ def recall_at_k(similarity, caption_owner, ks=(1, 5, 10)):
             "image_to_text": {k: (image_rank < k).float().mean().item() for k in ks}}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Evaluation
-# ---------------------------------------------------------------------------------------------------------
+# --- Evaluation ------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def evaluating(model):
-    """No dropout, no graph, bf16 on CUDA; afterwards the model is as it was."""
-    training, device = model.training, model.logit_scale.device
-    model.eval()
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        yield device
-    model.train(training)
+def autocast(device):
+    """Matrix products in bf16 on CUDA, all in fp32 elsewhere. bf16 has fp32's range: unlike fp16 it needs no
+    loss scaling and doesn't overflow to NaN (openai/CLIP #40)."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
+@torch.no_grad()
 def embed(model, split, batch_size=250):
-    """All photos and captions of a split: (N, E) and (C, E) on the model's device."""
-    with evaluating(model) as device:
+    """All photos and captions of a split, embedded in eval mode: (N, E) and (C, E), on the model's device."""
+    device, training = model.logit_scale.device, model.training
+    model.eval()
+    with autocast(device):
         images = [model.encode_image(data.normalize(split.take(rows, device)))
                   for rows in torch.arange(len(split.photos)).split(batch_size)]
         texts = [model.encode_text(split.tokens(rows, device))
-                 for rows in torch.arange(len(split.captions)).split(4 * batch_size)]
+                 for rows in torch.arange(len(split.captions)).split(batch_size)]
+    model.train(training)
     return torch.cat(images), torch.cat(texts)
 
 
-def evaluate(model, split, group=64):
-    """The numbers of one split: its loss and its recalls in percent, {"loss", "t2i_r1", ..., "i2t_r10"}.
+@torch.no_grad()
+def evaluate(model, split):
+    """The loss of a split and its recalls in percent: {"loss", "t2i_r1", "t2i_r5", ..., "i2t_r10"}.
 
-    The loss is over fixed groups of 64 photos with one caption each, for each of five captions: so it
-    compares across batch sizes, and chance is ln 64 = 4.159. Photos that fill no group are left out.
+    The loss is over fixed groups of 64 photos with one caption each, five times with other captions, so that
+    it compares across batch sizes: chance is ln 64 = 4.159. Photos that fill no group are left out.
     """
     images, texts = embed(model, split)
     owner = split.owner.to(images.device)
-    first, count = torch.searchsorted(owner, torch.arange(len(images), device=owner.device)), owner.bincount()
-    group, losses = min(group, len(images)), []
+    first, count = torch.searchsorted(owner, owner.unique()), owner.bincount()          # (N,), (N,)
+    group, losses = min(64, len(images)), []
     for turn in range(5):
         chosen = texts[first + turn % count]                                            # (N, E)
-        for start in range(0, len(images) - group + 1, group):
-            rows = slice(start, start + group)
-            losses.append(contrastive_loss(model.similarity(images[rows], chosen[rows]).detach()))
+        for i in range(0, len(images) - group + 1, group):
+            logits_per_image = model.similarity(images[i:i + group], chosen[i:i + group])
+            losses.append(contrastive_loss(logits_per_image))
     recall = recall_at_k(images @ texts.T, owner)
-    row = {"loss": torch.stack(losses).mean().item()}
-    row |= {f"t2i_r{k}": 100 * fraction for k, fraction in recall["text_to_image"].items()}
-    return row | {f"i2t_r{k}": 100 * fraction for k, fraction in recall["image_to_text"].items()}
+    return {"loss": torch.stack(losses).mean().item(),
+            **{f"t2i_r{k}": 100 * fraction for k, fraction in recall["text_to_image"].items()},
+            **{f"i2t_r{k}": 100 * fraction for k, fraction in recall["image_to_text"].items()}}
 
 
 def describe(row):
     """An evaluation in one line."""
-    recalls = [" ".join(f"{row[f'{way}_r{k}']:5.1f}" for k in (1, 5, 10)) for way in ("t2i", "i2t")]
-    return f"loss {row['loss']:.4f}  R@1/5/10 text->image {recalls[0]}  image->text {recalls[1]}"
+    return ("loss {loss:.4f}  R@1/5/10 text->image {t2i_r1:5.1f} {t2i_r5:5.1f} {t2i_r10:5.1f}"
+            "  image->text {i2t_r1:5.1f} {i2t_r5:5.1f} {i2t_r10:5.1f}").format(**row)
 
 
 def rsum(row):
-    """The sum of the six recalls, the usual yardstick, picks the best epoch. Not the loss: it also measures
-    how sure the model is of itself, and rises by overconfidence while recall still rises (open_clip #811)."""
+    """The sum of the six recalls, the usual yardstick, picks the best epoch. Not the loss: that also measures
+    how sure the model is, and rises from overconfidence while recall still rises (open_clip #811)."""
     return sum(value for name, value in row.items() if "_r" in name)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------
+# --- Training --------------------------------------------------------------------------------------------
 
 
 def make_optimizer(model, lr, weight_decay):
-    """AdamW with OpenAI's betas. Decay pulls towards zero, which is a sensible prior for the matrices of a
-    Linear but not for norms, biases, embeddings or the logit scale."""
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    decayed = {name for name, p in trainable.items() if p.ndim >= 2 and "embedding" not in name}
-    groups = [{"params": [p for name, p in trainable.items() if name in decayed], "weight_decay": weight_decay},
-              {"params": [p for name, p in trainable.items() if name not in decayed], "weight_decay": 0.0}]
-    # fused: one kernel for all parameters
+    """AdamW with OpenAI's betas. Decay pulls towards zero: a sensible prior for the matrices of Linears, not
+    for norms, biases, embeddings and the logit scale."""
+    decayed, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (decayed if parameter.ndim >= 2 and "embedding" not in name else others).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
@@ -419,6 +412,11 @@ def learning_rate(step, steps, peak, warmup):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup * steps) / (steps - warmup * steps)))
 
 
+def trained_state(model):
+    """What training changes: all parameters from scratch, only the adapters with LoRA."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
 def save_checkpoint(path, **state):
     """A plain dict of tensors, numbers, strings, lists and dicts; the file appears whole or not at all."""
     with data.atomic(path) as temporary:
@@ -426,54 +424,47 @@ def save_checkpoint(path, **state):
 
 
 def load_checkpoint(path):
-    """weights_only: a checkpoint is data, and opening somebody else's must not run what it brings."""
+    """A checkpoint as it was saved, on the CPU. Raises InputError where there is none that can be read."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)      # data only: it can't bring code
     except FileNotFoundError as error:
-        raise InputError(f"no checkpoint {path}") from error
+        raise InputError(f"there is no checkpoint {path}") from error
     except Exception as error:                              # torch.load has a dozen ways to fail
-        raise InputError(f"{path} is damaged or no checkpoint: delete it to start again "
-                         f"({type(error).__name__})") from error
-
-
-def trained_state(model):
-    """What training changes: every parameter from scratch, only the adapters with LoRA."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        raise InputError(f"{path} is damaged or no checkpoint ({type(error).__name__}): delete it") from error
 
 
 def train(model, dataset, args, run_dir):
-    """Trains what requires a gradient, and returns the history: one evaluated row for each epoch.
+    """Trains all that requires a gradient; returns the history, one evaluated row for each epoch.
 
-    Writes last.pt (to resume), best.pt (the epoch with the highest rsum) and log.csv after each epoch. The
-    batches of an epoch derive from (seed, epoch), cropping and dropout from (seed, step): a resumed run does
-    on the CPU, bit for bit, what an uninterrupted one does. Raises InputError when the loss is not finite.
+    After each epoch it writes last.pt (to resume from), best.pt (the epoch of highest rsum) and log.csv.
+    The batches of an epoch derive from (seed, epoch), crops and dropout from (seed, step): a resumed run does
+    what an uninterrupted one does, on the CPU bit for bit. Raises InputError when the loss is not finite.
     """
     device, split = model.logit_scale.device, dataset.splits["train"]
+    augment = partial(data.augment, size=model.config.image_size) if dataset.augmented else data.normalize
     steps_per_epoch = len(split.photos) // args.batch_size
     steps = args.epochs * steps_per_epoch
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
-    history, best, epoch, seconds = [], -1.0, 0, 0.0
+    history, best, seconds = [], -1.0, 0.0
     if args.resume and (run_dir / "last.pt").exists():
         state = load_checkpoint(run_dir / "last.pt")
         model.load_state_dict(state["model"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
-        history, best, epoch, seconds = state["history"], state["best"], state["epoch"], state["seconds"]
-        print(f"resumed   after epoch {epoch}")
+        history, best, seconds = state["history"], state["best"], state["seconds"]
+        print(f"resumed   after epoch {len(history)}")
     compiled = torch.compile(model) if args.compile else model
-    interval = max(1, steps // 40)                          # about 40 lines for a run of any length
     model.train()
-    for epoch in range(epoch, args.epochs):
-        pairs = split.pairs(args.seed, epoch)               # (N, 2): a photo and one of its captions
+    for epoch in range(len(history), args.epochs):
+        pairs = split.pairs(args.seed, epoch)               # (N, 2): every photo, with one of its captions
         total, start = torch.zeros((), device=device), time.perf_counter()
         for i in range(steps_per_epoch):
             step = epoch * steps_per_epoch + i
             torch.manual_seed((args.seed << 32) + step)
-            photo, caption = pairs[i * args.batch_size:(i + 1) * args.batch_size].T
-            pixels = split.take(photo, device)
-            pixels = data.augment(pixels, model.config.image_size) if dataset.augmented else data.normalize(pixels)
-            ids = split.tokens(caption, device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                logits_per_image = compiled(pixels, ids)
+            photos, captions = pairs[i * args.batch_size:(i + 1) * args.batch_size].T
+            pixels = augment(split.take(photos, device))                                # (B, 3, S, S)
+            ids = split.tokens(captions, device)                                        # (B, T)
+            with autocast(device):
+                logits_per_image = compiled(pixels, ids)                                # (B, B)
             loss = contrastive_loss(logits_per_image)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -481,35 +472,32 @@ def train(model, dataset, args, run_dir):
                 group["lr"] = learning_rate(step, steps, args.lr, args.warmup)
             optimizer.step()
             optimizer.zero_grad()
-            with torch.no_grad():                           # the paper's bound: logits at most 100 (openai/CLIP #46)
-                model.logit_scale.clamp_(max=math.log(100))
+            model.logit_scale.data.clamp_(max=math.log(100))        # the paper's bound (openai/CLIP #46)
             total += loss.detach()
-            if (step + 1) % interval == 0:
-                rate = (i + 1) * args.batch_size / (time.perf_counter() - start)
-                print(f"epoch {epoch + 1:3d}/{args.epochs} step {step + 1:6d}/{steps} loss {loss.item():7.4f} "
-                      f"lr {optimizer.param_groups[0]['lr']:.2e} scale {model.logit_scale.exp().item():6.2f} "
-                      f"{rate:6,.0f} pairs/s ETA {minutes((steps - step) * args.batch_size / rate)}", flush=True)
+            if (step + 1) % max(1, steps // 40) == 0:       # about 40 lines for a run of any length
+                scale, rate = model.logit_scale.exp(), (i + 1) * args.batch_size / (time.perf_counter() - start)
+                print(f"epoch {epoch + 1:3d}/{args.epochs}  step {step + 1:6d}/{steps}  loss {loss:7.4f}  "
+                      f"lr {group['lr']:.2e}  scale {scale:6.2f}  {rate:6,.0f} pairs/s  "
+                      f"ETA {minutes((steps - step) * args.batch_size / rate)}", flush=True)
         train_loss, row = total.item() / steps_per_epoch, evaluate(model, dataset.splits["val"])
         if not math.isfinite(train_loss + row["loss"]):
-            raise InputError(f"the loss is not finite in epoch {epoch + 1}: the checkpoints of the last good epoch are "
-                             f"in {run_dir}; try a lower --lr or a longer --warmup in a new run")
+            raise InputError(f"the loss is not finite in epoch {epoch + 1}; {run_dir} keeps the last good one: "
+                             "try a lower --lr or a longer --warmup in a new run")
         seconds += time.perf_counter() - start
-        history.append({"epoch": epoch + 1, "train_loss": train_loss, "lr": optimizer.param_groups[0]["lr"],
-                        "logit_scale": model.logit_scale.exp().item(), "minutes": seconds / 60, **row})
-        print(f"epoch {epoch + 1:3d}/{args.epochs} train {train_loss:.4f}  val {describe(row)}"
+        history.append({"epoch": epoch + 1, "train_loss": train_loss, "lr": group["lr"], **row,
+                        "logit_scale": model.logit_scale.exp().item(), "minutes": seconds / 60})
+        print(f"epoch {epoch + 1:3d}/{args.epochs}  train {train_loss:.4f}  val {describe(row)}"
               f"{'  best' if rsum(row) > best else ''}", flush=True)
         if rsum(row) > best:
             best = rsum(row)
             save_checkpoint(run_dir / "best.pt", model=trained_state(model), epoch=epoch + 1)
         save_checkpoint(run_dir / "last.pt", model=trained_state(model), optimizer=optimizer.state_dict(),
-                        history=history, best=best, epoch=epoch + 1, seconds=seconds)
+                        history=history, best=best, seconds=seconds)
         write_log(run_dir / "log.csv", history)
     return history
 
 
-# ---------------------------------------------------------------------------------------------------------
-# What a run leaves behind
-# ---------------------------------------------------------------------------------------------------------
+# --- What a run leaves behind ----------------------------------------------------------------------------
 
 
 def minutes(seconds):
@@ -523,21 +511,21 @@ def write_log(path, history):
         writer.writerows(history)
 
 
-def draw_curve(path, history, val_photos):
-    """Loss with the line of chance on the left, recall on the right."""
+def draw_curve(path, history, photos):
+    """Loss with the line of chance on the left, recall over `photos` validation photos on the right."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    epochs, group = [row["epoch"] for row in history], min(64, val_photos)
-    left.plot(epochs, [row["loss"] for row in history], "o-", ms=3, label=f"validation, {group} pairs")
+    epochs = [row["epoch"] for row in history]
     left.plot(epochs, [row["train_loss"] for row in history], "o-", ms=3, label="training, whole batch")
-    left.axhline(math.log(group), color="grey", ls=":", label=f"validation at chance, ln {group}")
+    left.plot(epochs, [row["loss"] for row in history], "o-", ms=3, label="validation, groups of 64")
+    left.axhline(math.log(min(64, photos)), color="grey", ls=":", label="validation at chance")
     left.set(xlabel="epoch", ylabel="contrastive loss", ylim=(0, None))
-    for way, style in (("t2i", "-"), ("i2t", "--")):
+    for way, words, style in (("t2i", "caption to photo", "-"), ("i2t", "photo to caption", "--")):
         for k, colour in ((10, "C2"), (5, "C1"), (1, "C0")):
-            label = f"R@{k} {'caption to photo' if way == 't2i' else 'photo to caption'}"
-            right.plot(epochs, [row[f"{way}_r{k}"] for row in history], style, color=colour, label=label)
-    right.set(xlabel="epoch", ylabel=f"% of {val_photos:,} validation photos", ylim=(0, None))
+            recalls = [row[f"{way}_r{k}"] for row in history]
+            right.plot(epochs, recalls, style, color=colour, label=f"R@{k} {words}")
+    right.set(xlabel="epoch", ylabel=f"% of {photos:,} validation photos", ylim=(0, None))
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
@@ -546,182 +534,160 @@ def draw_curve(path, history, val_photos):
 
 
 def draw_retrieval(path, model, split, queries=6, shown=6):
-    """Captions, evenly spaced through the split, and the photos that each finds first; the right one framed."""
+    """Captions from all over the split, each over the photos that it finds first, the right one framed."""
     from matplotlib.figure import Figure
     images, texts = embed(model, split)
-    chosen = torch.linspace(0, len(texts) - 1, min(queries, len(texts))).long()
-    best = (texts[chosen.to(texts.device)] @ images.T).topk(min(shown, len(images))).indices.cpu()
-    figure = Figure(figsize=(1.6 * shown, 1.85 * len(chosen)), layout="constrained")
-    grid = figure.subplots(len(chosen), best.shape[1], squeeze=False)
-    for caption, found, row in zip(chosen.tolist(), best, grid):
+    captions = torch.linspace(0, len(texts) - 1, min(queries, len(texts))).long()
+    found = (texts.cpu()[captions] @ images.cpu().T).topk(min(shown, len(images))).indices
+    figure = Figure(figsize=(1.6 * shown, 1.85 * len(captions)), layout="constrained")
+    grid = figure.subplots(*found.shape, squeeze=False)
+    for caption, photos, row in zip(captions.tolist(), found.tolist(), grid):
         row[0].set_title(split.captions[caption][:110], loc="left", fontsize=9)
-        for photo, axes in zip(found.tolist(), row):
+        for photo, axes in zip(photos, row):
+            right = photo == split.owner[caption]
             axes.imshow(split.photos[photo].cpu())
             axes.set(xticks=[], yticks=[])
-            right = photo == split.owner[caption]
             axes.spines[:].set(color="limegreen" if right else "lightgrey", linewidth=4 if right else 1)
     with data.atomic(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The command
-# ---------------------------------------------------------------------------------------------------------
+# --- The command -----------------------------------------------------------------------------------------
 
-# What `None` in a flag means: photos need the model they were published with, drawn scenes a small one.
-RECIPES = {
-    "photos": {"model": "ViT-B/16", "tokenizer": "openai/clip-vit-base-patch16", "epochs": 55, "batch_size": 256,
-               "lr": 5e-4, "weight_decay": 0.2},
-    "shapes": {"model": "tiny", "tokenizer": "train", "epochs": 9, "batch_size": 256, "lr": 2e-3,
-               "weight_decay": 0.1},
-}
-
-
-def number(kind, low, high=math.inf):
-    """An argparse type: a number of this kind in [low, high]."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'} from "
-                                             f"{low} to {high}" if high < math.inf else f"{text!r} is less than {low}")
-        return value
-    return parse
+# `--data shapes` makes these the defaults: a small model for a small world.
+SHAPES = {"model": "tiny", "tokenizer": "train", "epochs": 9, "batch_size": 256, "lr": 2e-3,
+          "weight_decay": 0.1}
+FREE = ("resume", "device", "compile", "out")               # flags that a resumed run may change
 
 
 class Parser(argparse.ArgumentParser):
-    """Bad flags end as all bad input does: one line, exit code 2."""
+    """Wrong flags end as all bad input does: in one line and exit code 2."""
 
     def error(self, message):
         raise InputError(f"{message} (--help lists the flags)")
 
 
 def parse_args(argv):
-    parser = Parser(description="Train CLIP from scratch.", epilog=__doc__.split("\n\n")[1],
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    recipe = {name: "default " + ", for shapes ".join(str(values[name]) for values in RECIPES.values())
-              for name in RECIPES["photos"]}
+    parser = Parser(description=f"Train CLIP from scratch. `--data shapes` changes the defaults to {SHAPES}.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("data")
     group.add_argument("--data", default=data.DOWNLOAD, metavar="DIR",
-                       help="folder with photos and captions, or `shapes`; default ./flickr30k, downloaded if missing")
-    group.add_argument("--tokenizer", metavar="NAME", help=f"hub name, folder, or `train`; {recipe['tokenizer']}")
+                       help="folder with photos and captions, or `shapes`; ./flickr30k is fetched if missing")
+    group.add_argument("--tokenizer", default="openai/clip-vit-base-patch16", metavar="NAME",
+                       help="hub name, folder, or `train` to make one from the captions")
     group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=PRESETS, help=recipe["model"])
+    group.add_argument("--model", choices=PRESETS, default="ViT-B/16", help="size")
     group.add_argument("--text", choices=("bert", "causal"), default="bert",
-                       help="whether a word sees the whole caption (default) or what stands before it, as OpenAI's")
+                       help="each word sees the whole caption, or what stands before it, as in OpenAI's CLIP")
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=number(int, 1), help=recipe["epochs"])
-    group.add_argument("--batch-size", type=number(int, 2), help=recipe["batch_size"])
-    group.add_argument("--lr", type=number(float, 0), help=f"peak learning rate; {recipe['lr']}")
-    group.add_argument("--weight-decay", type=number(float, 0), help=recipe["weight_decay"])
-    group.add_argument("--warmup", type=number(float, 0, 1), default=0.1, help="share of the steps; default 0.1")
+    group.add_argument("--epochs", type=int, default=55, help="times that each photo is seen")
+    group.add_argument("--batch-size", type=int, default=256, help="pairs in a step")
+    group.add_argument("--lr", type=float, default=5e-4, help="peak learning rate")
+    group.add_argument("--weight-decay", type=float, default=0.2, help="AdamW's, on matrices only")
+    group.add_argument("--warmup", type=float, default=0.1, help="share of the steps in which lr rises")
     group = parser.add_argument_group("run")
-    group.add_argument("--out", type=Path, metavar="DIR", help="default runs/NAME, after the data")
+    group.add_argument("--out", type=Path, metavar="DIR", help="folder of the run; None is runs/NAME")
     group.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    group.add_argument("--seed", type=number(int, 0), default=0)
-    group.add_argument("--device", help="default cuda if there is one, else cpu")
+    group.add_argument("--seed", type=int, default=0, help="of weights, batches and crops")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     group.add_argument("--no-compile", dest="compile", action="store_false",
-                       help="no torch.compile, which takes a minute and pays from a few hundred steps on; CUDA only")
+                       help="no torch.compile, which costs about a minute and pays in long runs; CUDA only")
+    if parser.parse_known_args(argv)[0].data == "shapes":
+        parser.set_defaults(**SHAPES)
     args = parser.parse_args(argv)
-    for name, value in RECIPES["shapes" if args.data == "shapes" else "photos"].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.out = args.out or Path("runs") / Path(args.data).resolve().name
-    args.device = pick_device(args.device)
+    limits = {"epochs": (1, 1e6), "batch_size": (2, 1e6), "lr": (0, 1e3), "weight_decay": (0, 1e3),
+              "warmup": (0, 1), "seed": (0, 1e9)}
+    for name, (low, high) in limits.items():
+        if not low <= getattr(args, name) <= high:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag} {getattr(args, name)} is not between {low} and {high:g}")
+    try:
+        args.device = torch.empty(1, device=args.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"no device {args.device} here: {str(error).splitlines()[0]}") from error
     args.compile = args.compile and args.device.type == "cuda"
+    args.out = args.out or Path("runs") / Path(args.data).resolve().name
     return args
 
 
-def pick_device(name):
+def open_run(config, tokenizer, args):
+    """Makes the folder args.out, or checks that the run in it is this one: {"model": ..., "run": flags}."""
+    flags = {name: str(value) for name, value in vars(args).items() if name not in FREE}
+    described, file = {"model": asdict(config), "run": flags}, args.out / "config.json"
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"no device {name!r} here: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def open_run(run_dir, config, tokenizer, settings, resume):
-    """Makes the folder of a run, or checks that the one there is the same run."""
-    described = {"model": asdict(config), "run": settings}
-    try:
-        if (run_dir / "config.json").exists():
-            before = json.loads((run_dir / "config.json").read_text())
-            if not resume:
-                raise InputError(f"{run_dir} holds a run: --resume goes on with it, --out DIR starts another")
-            if before != described:
-                changed = [f"{name} was {was}, now {described[part].get(name)}" for part in described
-                           for name, was in before[part].items() if described[part].get(name) != was]
-                raise InputError(f"--resume: {run_dir} is another run ({'; '.join(changed)}); --out DIR starts a new one")
-        run_dir.mkdir(parents=True, exist_ok=True)
-        tokenizer.save_pretrained(run_dir / "tokenizer")
-        with data.atomic(run_dir / "config.json") as temporary:
+        if file.exists() and not args.resume:
+            raise InputError(f"{args.out} holds a run: --resume goes on with it, --out DIR starts another")
+        before = json.loads(file.read_text()) if file.exists() else described
+        changed = [f"{name} was {before[part].get(name)}, now {value}" for part in described
+                   for name, value in described[part].items() if before[part].get(name) != value]
+        if changed:
+            raise InputError(f"{args.out} is another run ({'; '.join(changed)}): --out DIR starts a new one")
+        args.out.mkdir(parents=True, exist_ok=True)
+        tokenizer.save_pretrained(args.out / "tokenizer")
+        with data.atomic(file) as temporary:
             temporary.write_text(json.dumps(described, indent=1))
-    except OSError as error:
-        raise InputError(f"can't write to {run_dir}: {error}") from error
+    except (OSError, KeyError, AttributeError, json.JSONDecodeError) as error:
+        raise InputError(f"can't open the run {args.out}: {error}") from error
 
 
 def print_start(model, dataset, args):
-    def millions(*modules):
-        return sum(p.numel() for module in modules for p in module.parameters()) / 1e6
+    vision, text, everything = (f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"
+                                for module in (model.vision_model, model.text_model, model))
+    cuda, steps_per_epoch = args.device.type == "cuda", len(dataset.splits["train"].photos) // args.batch_size
+    device = torch.cuda.get_device_name(args.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+    print(f"device    {device}, {'bfloat16' if cuda else 'float32'}{', compiled' if args.compile else ''}")
+    print(f"model     {args.model}: vision {vision} + {args.text} text {text} + projections = {everything}")
+    for name, split in dataset.splits.items():
+        print(f"{name:10s}{len(split.photos):,} photos, {len(split.captions):,} captions")
+    steps = args.epochs * steps_per_epoch
+    print(f"training  {args.epochs} epochs, {steps:,} steps of {args.batch_size} pairs")
+    print(f"chance    training loss ln {args.batch_size} = {math.log(args.batch_size):.3f}, "
+          f"validation loss ln 64 = {math.log(64):.3f}", flush=True)
 
-    device, dtype = args.device, "bfloat16" if args.device.type == "cuda" else "float32"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    steps = args.epochs * (len(dataset.splits["train"].photos) // args.batch_size)
-    print(f"device    {name}, {dtype}{', compiled' if args.compile else ''}")
-    print(f"model     {args.model}, {args.text} text: vision {millions(model.vision_model):.1f} M + text "
-          f"{millions(model.text_model):.1f} M + projections = {millions(model):.1f} M parameters")
-    print("data      " + ", ".join(f"{name} {len(split.photos):,} photos {len(split.captions):,} captions"
-                                   for name, split in dataset.splits.items()))
-    print(f"training  {args.epochs} epochs, {steps:,} steps of {args.batch_size} pairs; chance loss: training "
-          f"ln {args.batch_size} = {math.log(args.batch_size):.3f}, validation ln 64 = {math.log(64):.3f}", flush=True)
 
-
-def print_end(model, dataset, history, run_dir, started):
-    """The closing block, with the figures of the best and of the last epoch on photos not used so far."""
-    split = "test" if "test" in dataset.splits else "val"
-    best = max(history, key=rsum)
-    for name, checkpoint, epoch in (("last", "last.pt", history[-1]["epoch"]), ("best", "best.pt", best["epoch"])):
-        model.load_state_dict(load_checkpoint(run_dir / checkpoint)["model"], strict=False)
-        print(f"{name} epoch {epoch}, {split}: {describe(evaluate(model, dataset.splits[split]))}")
-    pairs = len(dataset.splits["train"].photos) * history[-1]["epoch"]
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    print(f"done      {minutes(time.perf_counter() - started)} minutes, {peak:.1f} GiB at most; "
-          f"{history[-1]['minutes']:.2f} minutes of training and validation, {pairs / 60 / history[-1]['minutes']:,.0f} "
-          f"pairs/s; lowest validation loss {min(row['loss'] for row in history):.4f}; see {run_dir}")
+def finish(model, dataset, history, args, seconds):
+    """The closing block: the last and the best epoch on photos that chose nothing. Then the figures."""
+    name = "test" if "test" in dataset.splits else "val"
+    for checkpoint, epoch in (("last", history[-1]["epoch"]), ("best", max(history, key=rsum)["epoch"])):
+        model.load_state_dict(load_checkpoint(args.out / f"{checkpoint}.pt")["model"], strict=False)
+        print(f"{checkpoint} epoch {epoch:3d}  {name} {describe(evaluate(model, dataset.splits[name]))}")
+    draw_curve(args.out / "curve.png", history, len(dataset.splits["val"].photos))
+    draw_retrieval(args.out / "retrieval.png", model, dataset.splits["val"])
+    lowest = min(history, key=lambda row: row["loss"])
+    rate = len(history) * len(dataset.splits["train"].photos) / history[-1]["minutes"] / 60
+    print(f"lowest    validation loss {lowest['loss']:.4f}, in epoch {lowest['epoch']}")
+    print(f"done      {minutes(seconds)} in all, {rate:,.0f} pairs/s with validation, GPU memory "
+          f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB; everything is in {args.out}")
 
 
 def run(args):
     started = time.perf_counter()
-    torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")              # TF32 where a matmul is in fp32, on GPUs that have it
+    torch.set_float32_matmul_precision("high")              # TF32 for what stays in fp32, where there is any
     config = PRESETS[args.model]
     dataset = data.load(args.data, args.tokenizer, config.image_size, config.max_position_embeddings)
     if args.batch_size > len(dataset.splits["train"].photos):
-        raise InputError(f"--batch-size {args.batch_size} is more than the {len(dataset.splits['train'].photos)} "
-                         "training photos")
-    config = replace(config, vocab_size=len(dataset.tokenizer), eos_token_id=dataset.tokenizer.eos_token_id,
-                     causal=args.text == "causal")
-    settings = {name: str(value) for name, value in vars(args).items() if name not in ("resume", "device", "compile", "out")}
-    open_run(args.out, config, dataset.tokenizer, settings, args.resume)
+        raise InputError(f"--batch-size {args.batch_size} is more than the training photos, "
+                         f"{len(dataset.splits['train'].photos)}")
+    config = replace(config, causal=args.text == "causal", vocab_size=len(dataset.tokenizer),
+                     eos_token_id=dataset.tokenizer.eos_token_id)
+    open_run(config, dataset.tokenizer, args)
+    torch.manual_seed(args.seed)
     model = CLIP(config).to(args.device)
     for split in dataset.splits.values():
         split.place(args.device)
     print_start(model, dataset, args)
     history = train(model, dataset, args, args.out)
-    print_end(model, dataset, history, args.out, started)
-    draw_curve(args.out / "curve.png", history, len(dataset.splits["val"].photos))
-    draw_retrieval(args.out / "retrieval.png", model, dataset.splits["val"])
+    finish(model, dataset, history, args, time.perf_counter() - started)
 
 
 def main(argv=None):
+    """The command. Returns its exit code."""
     try:
         run(parse_args(argv))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    return 0
 
 
 if __name__ == "__main__":

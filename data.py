@@ -42,9 +42,7 @@ def atomic(path):
         temporary.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Captions: every form of Flickr30k and Flickr8k becomes {photo name: (split or None, [caption, ...])}
-# ---------------------------------------------------------------------------------------------------------
+# --- Captions --------------------------------------------------------------------------------------------
 
 DOWNLOAD = "flickr30k"      # where `--data flickr30k` lives, and the folder that the download makes
 
@@ -148,9 +146,7 @@ def download(folder):
     os.replace(partial, folder)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Photos: decoded once into an array on disk
-# ---------------------------------------------------------------------------------------------------------
+# --- Photos ----------------------------------------------------------------------------------------------
 
 
 def load_photo(path, size):
@@ -229,11 +225,9 @@ def photo_store(photos, size, cache):
     return names, np.memmap(store / "photos.uint8", np.uint8, mode="c", shape=(len(names), size, size, 3))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# A drawn world: two objects in two of four corners. Nothing to download, and every caption says all there is.
-# ---------------------------------------------------------------------------------------------------------
+# --- A drawn world ---------------------------------------------------------------------------------------
 
-SIZES = {"small": 0.09, "large": 0.19}                      # radius as a share of the picture's side
+SIZES = {"small": 0.12, "large": 0.21}                      # radius as a share of the picture's side
 COLOURS = {"red": (225, 35, 35), "green": (30, 160, 60), "blue": (40, 80, 230), "yellow": (245, 210, 30),
            "purple": (150, 50, 180), "cyan": (60, 210, 225)}
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
@@ -313,9 +307,7 @@ TEMPLATES = (
 )
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Tokenizer
-# ---------------------------------------------------------------------------------------------------------
+# --- Tokenizer -------------------------------------------------------------------------------------------
 
 
 def train_tokenizer(captions, vocab_size=8192):
@@ -350,9 +342,7 @@ def tokenize(tokenizer, captions, context=77):
     return torch.tensor(ids, dtype=torch.int32)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Splits and batches
-# ---------------------------------------------------------------------------------------------------------
+# --- Splits and batches ----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -429,7 +419,7 @@ def normalize(photos):
 
 def augment(photos, size, scale=(0.4, 1.0), ratio=(3 / 4, 4 / 3)):
     """uint8 (B, S, S, 3) to normalised (B, 3, size, size): a random crop of `scale` of the area with sides in
-    `ratio`, mirrored for every second photo, all on the photos' device and for the whole batch at once."""
+    `ratio`, every second one mirrored; on the photos' device, and for the whole batch at once."""
     B, device = len(photos), photos.device
     area = torch.empty(B, device=device).uniform_(*scale)
     sides = torch.empty(B, device=device).uniform_(math.log(ratio[0]), math.log(ratio[1])).exp()
