@@ -253,8 +253,8 @@ class CLIP(nn.Module):
         return F.normalize(self.text_projection(self.text_model(ids)).float(), dim=-1)
 
     def similarity(self, image_embeds, text_embeds):
-        """exp(logit_scale) x cosine: (B, E) and (B', E) to logits (B, B'). In fp32 even under autocast:
-        at a scale of 100, bf16 would round the logits to steps of a half."""
+        """exp(logit_scale) x cosine: (B, E) and (B', E) to logits (B, B'). In fp32 even under autocast, for
+        at a scale of 100 bf16 rounds logits to steps of a half."""
         with torch.autocast(image_embeds.device.type, enabled=False):
             return self.logit_scale.exp() * image_embeds @ text_embeds.T
 
@@ -413,8 +413,8 @@ def learning_rate(step, steps, peak, warmup):
 
 
 def trained_state(model):
-    """What training changes: all parameters from scratch, only the adapters with LoRA."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    """A copy on the CPU of what training changes: all parameters from scratch, the adapters with LoRA."""
+    return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def save_checkpoint(path, **state):
@@ -433,10 +433,17 @@ def load_checkpoint(path):
         raise InputError(f"{path} is damaged or no checkpoint ({type(error).__name__}): delete it") from error
 
 
+def check_finite(loss, run_dir):
+    if not math.isfinite(loss):
+        raise InputError(f"the loss is not finite; {run_dir} keeps the last good checkpoint: try a lower --lr or "
+                         "a longer --warmup in a new run")
+    return loss
+
+
 def train(model, dataset, args, run_dir):
     """Trains all that requires a gradient; returns the history, one evaluated row for each epoch.
 
-    After each epoch it writes last.pt (to resume from), best.pt (the epoch of highest rsum) and log.csv.
+    Writes log.csv after each epoch, last.pt (to resume from) and best.pt (the epoch of highest rsum) often.
     The batches of an epoch derive from (seed, epoch), crops and dropout from (seed, step): a resumed run does
     what an uninterrupted one does, on the CPU bit for bit. Raises InputError when the loss is not finite.
     """
@@ -445,12 +452,13 @@ def train(model, dataset, args, run_dir):
     steps_per_epoch = len(split.photos) // args.batch_size
     steps = args.epochs * steps_per_epoch
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
-    history, best, seconds = [], -1.0, 0.0
+    history, seconds, best = [], 0.0, {"rsum": -1.0}
+    saved, cost = time.perf_counter(), 0.0                  # when the last save was, and how long it took
     if args.resume and (run_dir / "last.pt").exists():
         state = load_checkpoint(run_dir / "last.pt")
         model.load_state_dict(state["model"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
-        history, best, seconds = state["history"], state["best"], state["seconds"]
+        history, seconds, best = state["history"], state["seconds"], load_checkpoint(run_dir / "best.pt")
         print(f"resumed   after epoch {len(history)}")
     compiled = torch.compile(model) if args.compile else model
     model.train()
@@ -475,24 +483,27 @@ def train(model, dataset, args, run_dir):
             model.logit_scale.data.clamp_(max=math.log(100))        # the paper's bound (openai/CLIP #46)
             total += loss.detach()
             if (step + 1) % max(1, steps // 40) == 0:       # about 40 lines for a run of any length
-                scale, rate = model.logit_scale.exp(), (i + 1) * args.batch_size / (time.perf_counter() - start)
-                print(f"epoch {epoch + 1:3d}/{args.epochs}  step {step + 1:6d}/{steps}  loss {loss:7.4f}  "
+                value, scale = check_finite(loss.item(), run_dir), model.logit_scale.exp().item()
+                rate = (i + 1) * args.batch_size / (time.perf_counter() - start)
+                print(f"epoch {epoch + 1:3d}/{args.epochs}  step {step + 1:6d}/{steps}  loss {value:7.4f}  "
                       f"lr {group['lr']:.2e}  scale {scale:6.2f}  {rate:6,.0f} pairs/s  "
                       f"ETA {minutes((steps - step) * args.batch_size / rate)}", flush=True)
         train_loss, row = total.item() / steps_per_epoch, evaluate(model, dataset.splits["val"])
-        if not math.isfinite(train_loss + row["loss"]):
-            raise InputError(f"the loss is not finite in epoch {epoch + 1}; {run_dir} keeps the last good one: "
-                             "try a lower --lr or a longer --warmup in a new run")
+        check_finite(train_loss + row["loss"], run_dir)
         seconds += time.perf_counter() - start
         history.append({"epoch": epoch + 1, "train_loss": train_loss, "lr": group["lr"], **row,
                         "logit_scale": model.logit_scale.exp().item(), "minutes": seconds / 60})
         print(f"epoch {epoch + 1:3d}/{args.epochs}  train {train_loss:.4f}  val {describe(row)}"
-              f"{'  best' if rsum(row) > best else ''}", flush=True)
-        if rsum(row) > best:
-            best = rsum(row)
-            save_checkpoint(run_dir / "best.pt", model=trained_state(model), epoch=epoch + 1)
-        save_checkpoint(run_dir / "last.pt", model=trained_state(model), optimizer=optimizer.state_dict(),
-                        history=history, best=best, seconds=seconds)
+              f"{'  best' if rsum(row) > best['rsum'] else ''}", flush=True)
+        if rsum(row) > best["rsum"]:
+            best = {"rsum": rsum(row), "epoch": epoch + 1, "model": trained_state(model)}
+        # Saving may take a twentieth of the time: where an epoch is faster than the disk, not each is saved.
+        if epoch + 1 == args.epochs or time.perf_counter() - saved > 20 * cost:
+            begin = time.perf_counter()
+            save_checkpoint(run_dir / "best.pt", **best)
+            save_checkpoint(run_dir / "last.pt", model=trained_state(model), optimizer=optimizer.state_dict(),
+                            history=history, seconds=seconds)
+            saved, cost = time.perf_counter(), time.perf_counter() - begin
         write_log(run_dir / "log.csv", history)
     return history
 

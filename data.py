@@ -1,11 +1,12 @@
 """Photos and captions to batches: Flickr30k in every form people have it, and `shapes`, a drawn world.
 
-`load(name_or_folder, ...)` returns a Dataset with the splits train, val and (where there is one) test, each with
-all its photos as one uint8 array and all its captions as one array of token ids. A batch is then two look-ups
-and an `augment` on the device: there are no loader workers.
+`load(name_or_folder, ...)` returns a Dataset with the splits train, val and, where there is one, test: all
+photos as one uint8 array and all captions as one array of token ids. A batch is then two look-ups and an
+`augment` on the device, and there are no loader workers.
 """
 import csv
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -54,7 +55,7 @@ def read_karpathy(text):
 
 
 def read_hub(text):
-    """nlphuji/flickr30k's flickr_annotations_30k.csv: columns raw (a JSON list), split, filename and others."""
+    """flickr_annotations_30k.csv of the hub's nlphuji/flickr30k, with columns raw (JSON), split, filename."""
     return {row["filename"]: (row["split"], json.loads(row["raw"]))
             for row in csv.DictReader(text.splitlines(keepends=True))}
 
@@ -92,11 +93,11 @@ def read_captions(folder):
     matter, and adding photos moves none. Raises InputError where there is no file or it can't be read."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"no such folder: {folder}; --data takes a folder with photos and captions, or `shapes`")
+        raise InputError(f"no such folder: {folder}; --data takes one with photos and captions, or `shapes`")
     found = [(path, read) for pattern, read in READERS.items()
              for path in sorted(folder.glob(pattern)) + sorted(folder.glob(f"*/{pattern}"))]
     if not found:
-        raise InputError(f"no captions in {folder}: looked for {', '.join(READERS)} there and one folder deeper")
+        raise InputError(f"no captions in {folder} or one folder deeper: looked for {', '.join(READERS)}")
     path, read = found[0]
     try:
         photos = read(path.read_text(encoding="utf-8-sig"))
@@ -117,32 +118,27 @@ def read_captions(folder):
 
 
 def download(folder):
-    """Fetches Flickr30k from the Hugging Face hub into `folder`, which appears whole or not at all; what an
-    interrupted download has fetched stays in `<folder>.partial` and is not fetched again."""
+    """Fetches Flickr30k from the Hugging Face hub into `folder`, which appears whole or not at all. What an
+    interrupted download has fetched stays in `<folder>.partial`, and the next one goes on from there."""
     import zipfile
     from huggingface_hub import hf_hub_download
-    print("Flickr30k: 4.4 GB from the Hugging Face hub (nlphuji/flickr30k). The photos belong to their authors on\n"
-          "Flickr; the data set may be used for non-commercial research and education only.", flush=True)
+    print("Flickr30k: 4.4 GB from the Hugging Face hub (nlphuji/flickr30k). The photos belong to their\n"
+          "authors on Flickr; use is for non-commercial research and education only.", flush=True)
     partial = Path(f"{folder}.partial")
     try:
         for name in ("flickr_annotations_30k.csv", "flickr30k-images.zip"):
-            hf_hub_download("nlphuji/flickr30k", name, repo_type="dataset", local_dir=partial)
+            path = Path(hf_hub_download("nlphuji/flickr30k", name, repo_type="dataset", local_dir=partial))
     except Exception as error:                              # the hub's client has dozens of kinds
-        raise InputError(f"Flickr30k is not in ./{folder} and could not be downloaded ({type(error).__name__}): "
-                         "give your copy with --data DIR, or try --data shapes, which needs none") from error
-    photos = partial / "flickr30k-images"
+        raise InputError(f"Flickr30k is not in ./{folder} and can't be downloaded ({type(error).__name__}): "
+                         "give your copy with --data DIR, or try --data shapes") from error
     try:
-        with zipfile.ZipFile(partial / "flickr30k-images.zip") as archive, atomic(photos) as temporary:
-            temporary.mkdir()
-            members = [m for m in archive.infolist() if m.filename.endswith(".jpg") and "__MACOSX" not in m.filename]
-            if sum(member.file_size for member in members) > 20 * 2**30:
-                raise InputError(f"{archive.filename} would unpack to more than 20 GiB: not the published file")
-            for member in members:                          # by its last name only, so nothing lands elsewhere
-                with archive.open(member) as source, open(temporary / Path(member.filename).name, "wb") as target:
-                    shutil.copyfileobj(source, target)
-    except zipfile.BadZipFile as error:
-        raise InputError(f"{partial / 'flickr30k-images.zip'} is damaged ({error}): delete it and try again") from error
-    (partial / "flickr30k-images.zip").unlink()
+        with zipfile.ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > 20 * 2**30:
+                raise InputError(f"{path} would unpack to more than 20 GiB: it is not the published file")
+            archive.extractall(partial)                     # drops `..` and absolute paths, makes no links
+    except (zipfile.BadZipFile, OSError) as error:
+        raise InputError(f"{path} can't be unpacked ({error}): delete it and try again") from error
+    path.unlink()
     os.replace(partial, folder)
 
 
@@ -171,7 +167,7 @@ def load_photo(path, size):
 def find_photos(captions_file, names):
     """{name: path} for photos beside the captions file or one folder deeper."""
     if bad := next((name for name in names if Path(name).name != name), None):
-        raise InputError(f"{captions_file} names the photo {bad!r}: a photo's name is a file name without folders")
+        raise InputError(f"{captions_file} names the photo {bad!r}: give a file name without folders")
     folder = captions_file.parent
     try:
         folders = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
@@ -198,8 +194,8 @@ def build_store(store, photos, size):
     with atomic(store) as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
         temporary.mkdir()
         with open(temporary / "photos.uint8", "wb") as file:
-            progress = tqdm(pool.map(decode, photos.items()), "decoding", len(photos), unit=" photos", leave=False)
-            for name, photo in zip(photos, progress):
+            decoded = tqdm(pool.map(decode, photos.items()), "decoding", len(photos), leave=False, mininterval=1)
+            for name, photo in zip(photos, decoded):
                 if isinstance(photo, Exception):
                     broken[name] = photo
                 else:
@@ -214,8 +210,8 @@ def build_store(store, photos, size):
 
 
 def photo_store(photos, size, cache):
-    """Photos {name: path} as (names, uint8 (N, size, size, 3)), memory-mapped. Reused as long as the names, the
-    files' sizes and times and `size` are the same: their hash is the name of the folder in `cache`."""
+    """Photos {name: path} as (names, uint8 (N, size, size, 3)), memory-mapped. Reused as long as the names,
+    the files' sizes and times and `size` are the same: their hash names the folder in `cache`."""
     stats = [(name, os.stat(path).st_size, os.stat(path).st_mtime_ns) for name, path in photos.items()]
     store = Path(cache) / hashlib.sha256(json.dumps([size, stats]).encode()).hexdigest()[:16]
     if not store.exists():
@@ -227,14 +223,15 @@ def photo_store(photos, size, cache):
 
 # --- A drawn world ---------------------------------------------------------------------------------------
 
-SIZES = {"small": 0.12, "large": 0.21}                      # radius as a share of the picture's side
+SIZES = {"small": 0.13, "large": 0.22}                      # radius as a share of the picture's side
 COLOURS = {"red": (225, 35, 35), "green": (30, 160, 60), "blue": (40, 80, 230), "yellow": (245, 210, 30),
            "purple": (150, 50, 180), "cyan": (60, 210, 225)}
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
-PLACES = {"top left": (0.27, 0.27), "top right": (0.73, 0.27), "bottom left": (0.27, 0.73), "bottom right": (0.73, 0.73)}
+PLACES = {"top left": (0.27, 0.27), "top right": (0.73, 0.27),
+          "bottom left": (0.27, 0.73), "bottom right": (0.73, 0.73)}
 BACKGROUNDS = {"white": (250, 250, 250), "grey": (128, 128, 128), "black": (10, 10, 10)}
 OBJECTS = [(size, colour, shape) for size in SIZES for colour in COLOURS for shape in SHAPES]
-CORNERS = [(a, b) for a in PLACES for b in PLACES if list(PLACES).index(a) < list(PLACES).index(b)]
+CORNERS = list(itertools.combinations(PLACES, 2))
 SCENES = len(OBJECTS) ** 2 * len(CORNERS) * len(BACKGROUNDS)
 
 
@@ -245,11 +242,11 @@ def scene_order(seed):
 
 def scene(seed, index):
     """Scene `index` of world `seed`: ((object, place), (object, place), background), where an object is
-    (size, colour, shape). No two indices give the same scene: they are a permutation of all that there are."""
+    (size, colour, shape). No two indices give the same scene: they are a permutation of all there are."""
     code, background = divmod(int(scene_order(seed)[index]), len(BACKGROUNDS))
     code, corners = divmod(code, len(CORNERS))
-    first, second = divmod(code, len(OBJECTS))
-    return (OBJECTS[first], CORNERS[corners][0]), (OBJECTS[second], CORNERS[corners][1]), list(BACKGROUNDS)[background]
+    objects = (OBJECTS[i] for i in divmod(code, len(OBJECTS)))
+    return (*zip(objects, CORNERS[corners]), list(BACKGROUNDS)[background])
 
 
 def draw(scene, side, rng):
@@ -259,8 +256,8 @@ def draw(scene, side, rng):
     image = Image.new("RGB", (4 * side, 4 * side), BACKGROUNDS[background])
     pen = ImageDraw.Draw(image)
     for (size, colour, shape), place in objects:
-        radius = 4 * side * SIZES[size] * rng.uniform(0.9, 1.1)
-        x, y = (4 * side * (centre + rng.uniform(-0.04, 0.04)) for centre in PLACES[place])
+        radius = 4 * side * SIZES[size] * rng.uniform(0.95, 1.05)
+        x, y = (4 * side * (centre + rng.uniform(-0.02, 0.02)) for centre in PLACES[place])
         box, fill = (x - radius, y - radius, x + radius, y + radius), COLOURS[colour]
         if shape == "circle":
             pen.ellipse(box, fill)
@@ -276,49 +273,45 @@ def draw(scene, side, rng):
     return np.asarray(image.reduce(4))
 
 
-def describe(scene, rng):
-    """Five captions of a scene, all of them complete: they name both objects, both places and the background,
-    in an order that `rng` draws."""
-    *objects, ground = scene
-    captions = []
-    for template in TEMPLATES:
-        rng.shuffle(objects)
-        (a, place_a), (b, place_b) = objects
-        row_a, row_b, column_a, column_b = *(place.split()[0] for place in (place_a, place_b)), \
-            *(place.split()[1] for place in (place_a, place_b))
-        if row_a == row_b:
-            where = "left of" if column_a == "left" else "right of"
-        elif column_a == column_b:
-            where = "above" if row_a == "top" else "below"
-        else:
-            where = "across from"
-        captions.append(template.format(a=" ".join(a), b=" ".join(b), place_a=place_a, place_b=place_b, where=where,
-                                        size_a=a[0], colour_a=a[1], shape_a=a[2], size_b=b[0], colour_b=b[1],
-                                        shape_b=b[2], ground=ground))
-    return captions
-
-
 TEMPLATES = (
     "a {a} at the {place_a} and a {b} at the {place_b} on a {ground} background",
     "{ground} background with {a} {place_a} , {b} {place_b}",
     "in the {place_a} corner a {a} , in the {place_b} corner a {b} , on {ground}",
     "on {ground} , a {a} at the {place_a} , {where} a {b}",
-    "the {place_a} {shape_a} is {size_a} and {colour_a} , {where} a {shape_b} that is {size_b} and {colour_b} , on {ground}",
+    "the {place_a} {words_a[2]} is {words_a[0]} and {words_a[1]} , {where} a {words_b[2]} that is {words_b[0]} "
+    "and {words_b[1]} , on {ground}",
 )
+WHERE = {(-1, 0): "left of", (1, 0): "right of", (0, -1): "above", (0, 1): "below"}
+
+
+def describe(scene, rng):
+    """Five captions of a scene, all of them complete: they name both objects, both places and the background,
+    in an order that `rng` draws. A place and a relation say as much as two places."""
+    *objects, ground = scene
+    captions = []
+    for template in TEMPLATES:
+        rng.shuffle(objects)
+        (a, place_a), (b, place_b) = objects
+        (x_a, y_a), (x_b, y_b) = PLACES[place_a], PLACES[place_b]
+        where = WHERE.get((np.sign(x_a - x_b), np.sign(y_a - y_b)), "across from")
+        captions.append(template.format(a=" ".join(a), b=" ".join(b), words_a=a, words_b=b, place_a=place_a,
+                                        place_b=place_b, where=where, ground=ground))
+    return captions
 
 
 # --- Tokenizer -------------------------------------------------------------------------------------------
 
 
 def train_tokenizer(captions, vocab_size=8192):
-    """A CLIP tokenizer for these captions, made as OpenAI made theirs: the 256 bytes, the 256 bytes that end a
-    word, the merges that BPE finds, then the two markers, so that the end token has the largest id."""
+    """A CLIP tokenizer for these captions, made as OpenAI made theirs: 256 bytes, 256 that end a word, the
+    merges that BPE finds, then the two markers, so that the end token has the largest id."""
     from tokenizers import pre_tokenizers, trainers
     from transformers import CLIPTokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     blank = CLIPTokenizer().backend_tokenizer
-    blank.train_from_iterator(captions, trainers.BpeTrainer(
-        vocab_size=vocab_size - 256 - 2, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False))
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 256 - 2, initial_alphabet=alphabet,
+                                  end_of_word_suffix="</w>", show_progress=False)
+    blank.train_from_iterator(captions, trainer)
     merges = [tuple(merge) for merge in json.loads(blank.to_str())["model"]["merges"]]
     tokens = [*alphabet, *(byte + "</w>" for byte in alphabet), *("".join(merge) for merge in merges),
               "<|startoftext|>", "<|endoftext|>"]
@@ -336,8 +329,8 @@ def load_tokenizer(name):
 
 
 def tokenize(tokenizer, captions, context=77):
-    """Captions to int32 ids (len(captions), context). Longer ones are cut, and keep their end token: without it
-    there would be nowhere to read the caption's embedding (openai/CLIP #212)."""
+    """Captions to int32 ids (len(captions), context). Longer ones are cut, and keep their end token: that is
+    where the model reads the caption's embedding (openai/CLIP #212)."""
     ids = tokenizer(captions, padding="max_length", truncation=True, max_length=context)["input_ids"]
     return torch.tensor(ids, dtype=torch.int32)
 
@@ -384,8 +377,8 @@ class Split:
 
 @dataclass
 class Dataset:
-    """splits: {"train": Split, "val": Split, and "test" where there is one}. augmented: whether training photos
-    are cropped and flipped, which would make captions wrong that say "left" or "large"."""
+    """splits: {"train": Split, "val": Split, and "test" where there is one}. augmented: whether training
+    photos are cropped and flipped, which would make captions wrong that say "left" or "large"."""
     name: str
     splits: dict
     tokenizer: object
@@ -408,7 +401,7 @@ def load_shapes(sizes, side, seed=0):
     return splits
 
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)   # OpenAI's, of their photos
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)   # of OpenAI's photos
 
 
 def normalize(photos):
@@ -434,8 +427,8 @@ def augment(photos, size, scale=(0.4, 1.0), ratio=(3 / 4, 4 / 3)):
 
 
 def load(name, tokenizer, image_size, context=77, cache="cache"):
-    """The Dataset `name` ("shapes", or a folder; ./flickr30k is downloaded if it isn't there) with photos for a
-    model of this image_size and captions of at most `context` tokens. `tokenizer`: hub name, folder or "train"."""
+    """The Dataset `name` ("shapes", or a folder; ./flickr30k is downloaded if it isn't there), for a model of
+    this image_size and captions of at most `context` tokens. tokenizer: hub name, folder or "train"."""
     if name == "shapes":
         parts = load_shapes({"val": 500, "test": 500, "train": 10_000}, image_size)
     else:
@@ -443,10 +436,12 @@ def load(name, tokenizer, image_size, context=77, cache="cache"):
             download(name)
         captions_file, captions = read_captions(name)
         paths = find_photos(captions_file, captions)
-        if len(paths) < 0.99 * len(captions):
-            missing = next(name for name in captions if name not in paths)
-            raise InputError(f"{captions_file} names {len(captions)} photos, but {len(captions) - len(paths)} of them, "
-                             f"{missing} for one, are not beside it or one folder deeper")
+        missing = [name for name in captions if name not in paths]
+        if len(missing) > 0.01 * len(captions):
+            raise InputError(f"{len(missing)} of the {len(captions)} photos in {captions_file} are not beside it "
+                             f"or one folder deeper, {missing[0]} for one")
+        for name in missing:
+            print(f"warning: {name} is left out: there is no such photo", file=sys.stderr)
         parts = {}
         for split in ("train", "val", "test"):
             chosen = {name: path for name, path in paths.items() if captions[name][0] == split}
@@ -454,7 +449,8 @@ def load(name, tokenizer, image_size, context=77, cache="cache"):
                 raise InputError(f"{captions_file} has no {split} photos")
             if chosen:
                 # A crop of a training photo needs a margin: 256 pixels for the 224 of ViT-B/16.
-                names, photos = photo_store(chosen, image_size * 8 // 7 if split == "train" else image_size, cache)
+                size = image_size * 8 // 7 if split == "train" else image_size
+                names, photos = photo_store(chosen, size, cache)
                 sentences = [captions[name][1] for name in names]
                 owner = np.repeat(np.arange(len(names)), [len(s) for s in sentences])
                 parts[split] = names, photos, [c for s in sentences for c in s], owner
