@@ -194,8 +194,8 @@ def build_store(store, photos, size):
     with atomic(store) as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
         temporary.mkdir()
         with open(temporary / "photos.uint8", "wb") as file:
-            decoded = tqdm(pool.map(decode, photos.items()), "decoding", len(photos), leave=False, mininterval=1)
-            for name, photo in zip(photos, decoded):
+            decoded = pool.map(decode, photos.items())
+            for name, photo in zip(photos, tqdm(decoded, "decoding", len(photos), mininterval=1)):
                 if isinstance(photo, Exception):
                     broken[name] = photo
                 else:
@@ -278,8 +278,7 @@ TEMPLATES = (
     "{ground} background with {a} {place_a} , {b} {place_b}",
     "in the {place_a} corner a {a} , in the {place_b} corner a {b} , on {ground}",
     "on {ground} , a {a} at the {place_a} , {where} a {b}",
-    "the {place_a} {words_a[2]} is {words_a[0]} and {words_a[1]} , {where} a {words_b[2]} that is {words_b[0]} "
-    "and {words_b[1]} , on {ground}",
+    "the {place_a} {wa[2]} is {wa[0]} and {wa[1]} , {where} a {wb[2]} that is {wb[0]} and {wb[1]} , on {ground}",
 )
 WHERE = {(-1, 0): "left of", (1, 0): "right of", (0, -1): "above", (0, 1): "below"}
 
@@ -294,7 +293,7 @@ def describe(scene, rng):
         (a, place_a), (b, place_b) = objects
         (x_a, y_a), (x_b, y_b) = PLACES[place_a], PLACES[place_b]
         where = WHERE.get((np.sign(x_a - x_b), np.sign(y_a - y_b)), "across from")
-        captions.append(template.format(a=" ".join(a), b=" ".join(b), words_a=a, words_b=b, place_a=place_a,
+        captions.append(template.format(a=" ".join(a), b=" ".join(b), wa=a, wb=b, place_a=place_a,
                                         place_b=place_b, where=where, ground=ground))
     return captions
 
@@ -438,7 +437,7 @@ def load(name, tokenizer, image_size, context=77, cache="cache"):
         paths = find_photos(captions_file, captions)
         missing = [name for name in captions if name not in paths]
         if len(missing) > 0.01 * len(captions):
-            raise InputError(f"{len(missing)} of the {len(captions)} photos in {captions_file} are not beside it "
+            raise InputError(f"{len(missing)} of {len(captions)} photos of {captions_file} are not beside it "
                              f"or one folder deeper, {missing[0]} for one")
         for name in missing:
             print(f"warning: {name} is left out: there is no such photo", file=sys.stderr)
