@@ -11,12 +11,12 @@ Shapes: B pairs in a batch, T tokens of a caption (or patches of a photo, plus o
 H heads, D = C / H channels of a head, P pixels on the side of a patch, E channels of the shared embedding.
 """
 import argparse
-import csv
 import json
 import math
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -295,8 +295,8 @@ def init_weights(model):
     vision, text = model.vision_model.embeddings, model.text_model.embeddings
     nn.init.normal_(vision.class_embedding, std=model.config.vision.hidden_size ** -0.5)
     nn.init.normal_(vision.position_embedding.weight, std=model.config.vision.hidden_size ** -0.5)
-    # Ours: a patch starts as strong as a position. With 1 / sqrt(fan in) alone it drowns the positions, and on
-    # `shapes` what is where is learnt last.
+    # Ours: a patch starts as strong as a position. With 1 / sqrt(fan in) alone it drowns the positions, and
+    # what stands where is learnt last.
     fan_in = 3 * model.config.patch_size ** 2
     nn.init.normal_(vision.patch_embedding.weight, std=(fan_in * model.config.vision.hidden_size) ** -0.5)
     nn.init.normal_(text.token_embedding.weight, std=0.02)
@@ -347,12 +347,11 @@ def autocast(device):
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")                   # compiling for evaluation alone doesn't pay
 def embed(model, split, batch_size=250):
     """All photos and captions of a split, embedded in eval mode: (N, E) and (C, E), on the model's device."""
     device, training = model.logit_scale.device, model.training
     model.eval()
-    with autocast(device):
+    with autocast(device), torch.compiler.set_stance("force_eager"):       # or eval mode would compile anew
         images = [model.encode_image(data.normalize(split.take(rows, device)))
                   for rows in torch.arange(len(split.photos)).split(batch_size)]
         texts = [model.encode_text(split.tokens(rows, device))
@@ -401,11 +400,10 @@ def rsum(row):
 def make_optimizer(model, lr, weight_decay):
     """AdamW with OpenAI's betas. Decay pulls towards zero: a sensible prior for the matrices of Linears, not
     for norms, biases, embeddings and the logit scale."""
-    decayed, others = [], []
+    groups = [{"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": weight_decay}]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (decayed if parameter.ndim >= 2 and "embedding" not in name else others).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+            groups[parameter.ndim >= 2 and "embedding" not in name]["params"].append(parameter)
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
@@ -437,10 +435,13 @@ def load_checkpoint(path):
         raise InputError(f"{path} is damaged or no checkpoint ({type(error).__name__}): delete it") from error
 
 
+SAVE_SHARE = 0.05   # of the time goes into checkpoints: where epochs are faster than the disk, not each is saved
+
+
 def check_finite(loss, run_dir):
     if not math.isfinite(loss):
-        raise InputError(f"the loss is not finite; {run_dir} keeps the last good checkpoint: try a lower --lr "
-                         "or a longer --warmup in a new run")
+        raise InputError(f"the loss is not finite; {run_dir} keeps the last good checkpoint: start a new run "
+                         "with a lower --lr or a longer --warmup")
     return loss
 
 
@@ -474,7 +475,7 @@ def train(model, dataset, args, run_dir):
         for i in range(steps_per_epoch):
             step = epoch * steps_per_epoch + i
             torch.manual_seed((args.seed << 32) + step)
-            photos, captions = pairs[i * args.batch_size:(i + 1) * args.batch_size].T
+            photos, captions = pairs[i * args.batch_size:(i + 1) * args.batch_size].T   # (B,), (B,)
             pixels = augment(split.take(photos, device))                                # (B, 3, S, S)
             ids = split.tokens(captions, device)                                        # (B, T)
             with autocast(device):
@@ -493,7 +494,7 @@ def train(model, dataset, args, run_dir):
                 rate = (i + 1) * args.batch_size / (time.perf_counter() - start)
                 print(f"epoch {epoch + 1:3d}/{args.epochs}  step {step + 1:6d}/{steps}  loss {value:7.4f}  "
                       f"lr {group['lr']:.2e}  scale {scale:6.2f}  {rate:6,.0f} pairs/s  "
-                      f"ETA {minutes((steps - step) * args.batch_size / rate)}", flush=True)
+                      f"ETA {timedelta(seconds=round((steps - step) * args.batch_size / rate))}", flush=True)
         train_loss, row = total.item() / steps_per_epoch, evaluate(model, dataset.splits["val"])
         check_finite(train_loss + row["loss"], run_dir)
         seconds += time.perf_counter() - start
@@ -503,29 +504,19 @@ def train(model, dataset, args, run_dir):
               f"{'  best' if rsum(row) > best['rsum'] else ''}", flush=True)
         if rsum(row) > best["rsum"]:
             best = {"rsum": rsum(row), "epoch": epoch + 1, "model": trained_state(model)}
-        # Saving may take a twentieth of the time: where an epoch is faster than the disk, not each is saved.
-        if epoch + 1 == args.epochs or time.perf_counter() - saved > 20 * cost:
+        if epoch + 1 == args.epochs or cost <= SAVE_SHARE * (time.perf_counter() - saved):
             begin = time.perf_counter()
             save_checkpoint(run_dir / "best.pt", **best)
             save_checkpoint(run_dir / "last.pt", model=trained_state(model), optimizer=optimizer.state_dict(),
                             history=history, seconds=seconds)
             saved, cost = time.perf_counter(), time.perf_counter() - begin
-        write_log(run_dir / "log.csv", history)
+        with data.atomic(run_dir / "log.csv") as temporary:
+            lines = [history[0].keys(), *(row.values() for row in history)]
+            temporary.write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
     return history
 
 
 # --- What a run leaves behind ----------------------------------------------------------------------------
-
-
-def minutes(seconds):
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def write_log(path, history):
-    with data.atomic(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, history[0])
-        writer.writeheader()
-        writer.writerows(history)
 
 
 def draw_curve(path, history, photos):
@@ -572,8 +563,7 @@ def draw_retrieval(path, model, split, queries=6, shown=6):
 # --- The command -----------------------------------------------------------------------------------------
 
 # `--data shapes` makes these the defaults: a small model for a small world.
-SHAPES = {"model": "tiny", "tokenizer": "train", "epochs": 9, "batch_size": 128, "lr": 1e-3,
-          "weight_decay": 0.1}
+SHAPES = dict(model="tiny", tokenizer="train", epochs=12, batch_size=128, lr=1e-3, weight_decay=0.1)
 FREE = ("resume", "device", "compile", "out")               # flags that a resumed run may change
 
 
@@ -581,21 +571,19 @@ class Parser(argparse.ArgumentParser):
     """Wrong flags end as all bad input does: in one line and exit code 2."""
 
     def error(self, message):
-        raise InputError(f"{message} (--help lists the flags)")
+        raise InputError(f"{message}; --help lists the flags")
 
 
 def parse_args(argv):
     parser = Parser(description=f"Train CLIP from scratch. `--data shapes` changes the defaults to {SHAPES}.",
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("data")
-    group.add_argument("--data", default=data.DOWNLOAD, metavar="DIR",
+    group.add_argument("--data", default="flickr30k", metavar="DIR",
                        help="folder with photos and captions, or `shapes`; ./flickr30k is fetched if missing")
-    group.add_argument("--tokenizer", default="openai/clip-vit-base-patch16", metavar="NAME",
-                       help="hub name, folder, or `train` to make one from the captions")
+    group.add_argument("--tokenizer", default="openai/clip-vit-base-patch16", help="name, folder or `train`")
     group = parser.add_argument_group("model")
     group.add_argument("--model", choices=PRESETS, default="ViT-B/16", help="size")
-    group.add_argument("--text", choices=("bert", "causal"), default="bert",
-                       help="each word sees the whole caption, or what stands before it, as in OpenAI's CLIP")
+    group.add_argument("--text", choices=("bert", "causal"), default="bert", help="causal is OpenAI's")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=int, default=55, help="times that each photo is seen")
     group.add_argument("--batch-size", type=int, default=256, help="pairs in a step")
@@ -607,8 +595,7 @@ def parse_args(argv):
     group.add_argument("--resume", action="store_true", help="go on with the run in --out")
     group.add_argument("--seed", type=int, default=0, help="of weights, batches and crops")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    group.add_argument("--no-compile", dest="compile", action="store_false",
-                       help="no torch.compile, which costs about a minute and pays in long runs; CUDA only")
+    group.add_argument("--no-compile", dest="compile", action="store_false", help="for short runs on CUDA")
     if parser.parse_known_args(argv)[0].data == "shapes":
         parser.set_defaults(**SHAPES)
     args = parser.parse_args(argv)
@@ -674,7 +661,7 @@ def finish(model, dataset, history, args, seconds):
     rate = len(history) * len(dataset.splits["train"].photos) / history[-1]["minutes"] / 60
     print(f"lowest    validation loss {lowest['loss']:.4f}, in epoch {lowest['epoch']}")
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if args.device.type == "cuda" else ""
-    print(f"done      {minutes(seconds)} in all, {rate:,.0f} pairs/s with validation{memory}; see {args.out}")
+    print(f"done      {timedelta(seconds=round(seconds))}, {rate:,.0f} pairs/s and validation{memory}: {args.out}")
 
 
 def run(args):

@@ -45,9 +45,6 @@ def atomic(path):
 
 # --- Captions --------------------------------------------------------------------------------------------
 
-DOWNLOAD = "flickr30k"      # where `--data flickr30k` lives, and the folder that the download makes
-
-
 def read_karpathy(text):
     """Karpathy's dataset_*.json: {"images": [{"filename", "split", "sentences": [{"raw"}, ...]}, ...]}."""
     return {image["filename"]: (image["split"], [sentence["raw"] for sentence in image["sentences"]])
@@ -110,8 +107,7 @@ def read_captions(folder):
             split = {0: "val", 1: "test"}.get(int(hashlib.md5(name.encode()).hexdigest(), 16) % 20, "train")
         sentences = [" ".join(sentence.split()) for sentence in sentences if sentence and sentence.strip()]
         if sentences:
-            # Karpathy's `restval` photos are those of COCO's val that everybody trains on.
-            captions[name] = ("train" if split == "restval" else split, sentences)
+            captions[name] = split, sentences
     if not captions:
         raise InputError(f"{path} holds no captions")
     return path, captions
@@ -189,7 +185,7 @@ def build_store(store, photos, size):
         except Exception as error:                          # PIL raises almost anything on a damaged file
             return error
 
-    names, broken = [], {}
+    names, broken = [], []
     # Threads are enough: PIL lets go of Python's lock while it decodes and resizes.
     with atomic(store) as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
         temporary.mkdir()
@@ -197,16 +193,15 @@ def build_store(store, photos, size):
             decoded = pool.map(decode, photos.items())
             for name, photo in zip(photos, tqdm(decoded, "decoding", len(photos), mininterval=1)):
                 if isinstance(photo, Exception):
-                    broken[name] = photo
+                    broken.append(name)
                 else:
                     file.write(photo.tobytes())
                     names.append(name)
         if len(broken) > 0.01 * len(photos):
-            name, error = next(iter(broken.items()))
-            raise InputError(f"{len(broken)} of {len(photos)} photos can't be read, {name} for one ({error})")
+            raise InputError(f"{len(broken)} of {len(photos)} photos can't be read, {broken[0]} for one")
         (temporary / "names.json").write_text(json.dumps(names))
-    for name, error in broken.items():
-        print(f"warning: {name} is left out: {error}", file=sys.stderr)
+    if broken:
+        print(f"warning: left out, because they can't be read: {', '.join(broken)}", file=sys.stderr)
 
 
 def photo_store(photos, size, cache):
@@ -259,17 +254,15 @@ def draw(scene, side, rng):
         radius = 4 * side * SIZES[size] * rng.uniform(0.95, 1.05)
         x, y = (4 * side * (centre + rng.uniform(-0.02, 0.02)) for centre in PLACES[place])
         box, fill = (x - radius, y - radius, x + radius, y + radius), COLOURS[colour]
-        if shape == "circle":
-            pen.ellipse(box, fill)
-        elif shape == "ring":
-            pen.ellipse(box, outline=fill, width=round(radius * 0.4))
-        elif shape == "square":
-            pen.rectangle(box, fill)
-        elif shape == "triangle":
+        if shape == "triangle":
             pen.polygon([(x, y - radius), (x + radius, y + radius), (x - radius, y + radius)], fill)
-        else:
+        elif shape == "cross":
             pen.rectangle((x - radius, y - radius / 3, x + radius, y + radius / 3), fill)
             pen.rectangle((x - radius / 3, y - radius, x + radius / 3, y + radius), fill)
+        elif shape == "square":
+            pen.rectangle(box, fill)
+        else:
+            pen.ellipse(box, fill if shape == "circle" else None, fill, width=round(radius * 0.4))
     return np.asarray(image.reduce(4))
 
 
@@ -278,7 +271,7 @@ TEMPLATES = (
     "{ground} background with {a} {place_a} , {b} {place_b}",
     "in the {place_a} corner a {a} , in the {place_b} corner a {b} , on {ground}",
     "on {ground} , a {a} at the {place_a} , {where} a {b}",
-    "the {place_a} {wa[2]} is {wa[0]} and {wa[1]} , {where} a {wb[2]} that is {wb[0]} and {wb[1]} , on {ground}",
+    "the {place_a} {A[2]} is {A[0]} and {A[1]} , {where} a {B[2]} that is {B[0]} and {B[1]} , on {ground}",
 )
 WHERE = {(-1, 0): "left of", (1, 0): "right of", (0, -1): "above", (0, 1): "below"}
 
@@ -293,7 +286,7 @@ def describe(scene, rng):
         (a, place_a), (b, place_b) = objects
         (x_a, y_a), (x_b, y_b) = PLACES[place_a], PLACES[place_b]
         where = WHERE.get((np.sign(x_a - x_b), np.sign(y_a - y_b)), "across from")
-        captions.append(template.format(a=" ".join(a), b=" ".join(b), wa=a, wb=b, place_a=place_a,
+        captions.append(template.format(a=" ".join(a), b=" ".join(b), A=a, B=b, place_a=place_a,
                                         place_b=place_b, where=where, ground=ground))
     return captions
 
@@ -356,8 +349,8 @@ class Split:
         return torch.from_numpy(np.stack([photo, first + rng.integers(count)], axis=1))
 
     def place(self, device):
-        """Moves the photos into the device's memory if they fill at most half of what is free there; else
-        they stay memory-mapped and each batch is read from disk."""
+        """Moves the photos into a GPU's memory if they fill at most half of what is free there; else they
+        stay memory-mapped, and each batch is read from disk."""
         if device.type == "cuda" and self.photos.numel() < torch.cuda.mem_get_info(device)[0] / 2:
             self.photos = self.photos.to(device)
         return self
@@ -394,8 +387,8 @@ def load_shapes(sizes, side, seed=0):
             rng = random.Random(f"{seed}/{i}")
             photos.append(draw(scene(seed, i), side, rng))
             captions += describe(scene(seed, i), rng)
-        names = [f"{i:05d}" for i in range(index, index + count)]
-        splits[split] = names, np.stack(photos), captions, np.repeat(np.arange(count), len(TEMPLATES))
+        owner, names = np.repeat(np.arange(count), len(TEMPLATES)), [f"{index + i:05d}" for i in range(count)]
+        splits[split] = names, np.stack(photos), captions, owner
         index += count
     return splits
 
@@ -431,7 +424,7 @@ def load(name, tokenizer, image_size, context=77, cache="cache"):
     if name == "shapes":
         parts = load_shapes({"val": 500, "test": 500, "train": 10_000}, image_size)
     else:
-        if name == DOWNLOAD and not Path(name).exists():
+        if name == "flickr30k" and not Path(name).exists():
             download(name)
         captions_file, captions = read_captions(name)
         paths = find_photos(captions_file, captions)
@@ -439,8 +432,8 @@ def load(name, tokenizer, image_size, context=77, cache="cache"):
         if len(missing) > 0.01 * len(captions):
             raise InputError(f"{len(missing)} of {len(captions)} photos of {captions_file} are not beside it "
                              f"or one folder deeper, {missing[0]} for one")
-        for name in missing:
-            print(f"warning: {name} is left out: there is no such photo", file=sys.stderr)
+        if missing:
+            print(f"warning: left out, because there is no such photo: {', '.join(missing)}", file=sys.stderr)
         parts = {}
         for split in ("train", "val", "test"):
             chosen = {name: path for name, path in paths.items() if captions[name][0] == split}

@@ -3,17 +3,29 @@
 Expected values never come from the code under test: they are those of Hugging Face's CLIPModel, of a formula
 written out, or worked out by hand. SLOW=1 adds what takes long.
 """
+import csv
+import http.server
+import json
 import math
 import os
+import shutil
+import subprocess
+import sys
+import threading
+import zipfile
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from PIL import Image
 from transformers.activations import ACT2FN
 
 import clip
+import data
 from clip import CLIP, CLIPConfig, PRESETS, TowerConfig, contrastive_loss, recall_at_k
 
 slow = pytest.mark.skipif(os.environ.get("SLOW") != "1", reason="takes long: set SLOW=1")
@@ -314,7 +326,7 @@ def test_the_logits_start_at_a_scale_of_14_29_and_not_1_07():
 def test_every_parameter_starts_at_the_scale_of_openai():
     std = {"visual_projection.weight": 48 ** -0.5, "text_projection.weight": 32 ** -0.5,
            "vision_model.embeddings.class_embedding": 48 ** -0.5,
-           "vision_model.embeddings.patch_embedding.weight": (3 * 8 * 8) ** -0.5,
+           "vision_model.embeddings.patch_embedding.weight": (3 * 8 * 8 * 48) ** -0.5,
            "vision_model.embeddings.position_embedding.weight": 48 ** -0.5,
            "text_model.embeddings.token_embedding.weight": 0.02,
            "text_model.embeddings.position_embedding.weight": 0.01}
@@ -415,3 +427,493 @@ def test_a_tie_or_a_nan_counts_as_a_miss(value):
     similarity[0, 5] = value        # photo 0 with the first caption of photo 1: one query each way
     assert (recall_at_k(similarity, FIVE_EACH, ks=(1, 2))
             == recall({1: 199 / 200, 2: 1}, {1: 39 / 40, 2: 1}))
+
+
+# --- Data ------------------------------------------------------------------------------------------------
+
+NAMES = [f"{i}.jpg" for i in range(120)]
+CAPTIONS = {name: [f"photo {name[:-4]} , said in way {k}" for k in range(5)] for name in NAMES}
+SPLIT = {name: "val" if i % 6 == 0 else "test" if i % 6 == 1 else "train" for i, name in enumerate(NAMES)}
+
+
+def karpathy(folder):
+    images = [{"filename": name, "split": SPLIT[name], "sentences": [{"raw": c} for c in captions]}
+              for name, captions in CAPTIONS.items()]
+    (folder / "dataset_flickr30k.json").write_text(json.dumps({"images": images}))
+
+
+def kaggle(folder):
+    rows = [f"{name}| {k}| {c}" for name, captions in CAPTIONS.items() for k, c in enumerate(captions)]
+    rows[4] = rows[4].replace("4| ", "4   ")                # as line 2199200615.jpg of the published file
+    (folder / "results.csv").write_text("\n".join(["image_name| comment_number| comment", *rows]))
+
+
+def hub(folder):
+    with open(folder / "flickr_annotations_30k.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["raw", "sentids", "split", "filename", "img_id"])
+        writer.writerows([json.dumps(c), "[]", SPLIT[name], name, 0] for name, c in CAPTIONS.items())
+
+
+def flickr8k(folder):
+    with open(folder / "captions.txt", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "caption"])
+        writer.writerows([name, c] for name, captions in CAPTIONS.items() for c in captions)
+
+
+@pytest.fixture
+def album(tmp_path, monkeypatch):
+    """A folder of 120 photos with Karpathy's captions, one folder deeper than the photos' captions."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "photos"
+    (folder / "images").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in NAMES:
+        Image.fromarray(rng.integers(0, 256, (60, 80, 3), np.uint8)).save(folder / "images" / name)
+    karpathy(folder)
+    return folder
+
+
+def few_scenes(monkeypatch):
+    load_shapes = data.load_shapes
+    monkeypatch.setattr(data, "load_shapes", lambda sizes, *rest: load_shapes(
+        {"val": 70, "test": 70, "train": 100}, *rest))
+
+
+@pytest.mark.parametrize("write", [karpathy, kaggle, hub, flickr8k])
+def test_every_form_of_flickr_gives_the_same_captions(write, tmp_path):
+    write(tmp_path)
+    _, captions = data.read_captions(tmp_path)
+    assert {name: sentences for name, (_, sentences) in captions.items()} == CAPTIONS
+
+
+@pytest.mark.parametrize("write", [karpathy, hub])
+def test_published_splits_are_kept_and_karpathys_file_wins(write, tmp_path):
+    kaggle(tmp_path)
+    write(tmp_path)
+    _, captions = data.read_captions(tmp_path)
+    assert {name: split for name, (split, _) in captions.items()} == SPLIT
+
+
+def test_a_photos_own_name_decides_its_split(tmp_path):
+    kaggle(tmp_path)
+    _, before = data.read_captions(tmp_path)
+    header, *rows = (tmp_path / "results.csv").read_text().splitlines()
+    (tmp_path / "results.csv").write_text("\n".join([header, "new.jpg| 0| one more", *reversed(rows)]))
+    _, after = data.read_captions(tmp_path)
+    assert {name: after[name][0] for name in before} == {name: split for name, (split, _) in before.items()}
+    assert {split for split, _ in before.values()} == {"train", "val", "test"}
+
+
+def processed(image, size):
+    """Hugging Face's own preprocessing, (size, size, 3) float."""
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": size}, crop_size=size)
+    return torch.as_tensor(np.asarray(processor(image)["pixel_values"][0])).permute(1, 2, 0)
+
+
+def prepared(path):
+    """Our preprocessing of a file, in the same layout."""
+    return data.normalize(torch.from_numpy(data.load_photo(path, 224))[None])[0].permute(1, 2, 0)
+
+
+@pytest.mark.parametrize("shape", [(375, 500), (500, 333), (224, 224), (225, 640), (37, 61)])
+def test_photos_become_exactly_the_pixels_of_clip_image_processor(shape, tmp_path):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8))
+    image.save(tmp_path / "a.png")
+    assert difference(prepared(tmp_path / "a.png"), processed(image, 224)) < 1e-5   # a step of uint8 is 1.5e-2
+
+
+@pytest.mark.skipif("FLICKR" not in os.environ, reason="set FLICKR to a folder of Flickr photos")
+def test_real_photos_become_exactly_the_pixels_of_clip_image_processor():
+    captions_file, captions = data.read_captions(os.environ["FLICKR"])
+    for path in list(data.find_photos(captions_file, captions).values())[:20]:
+        assert difference(prepared(path), processed(Image.open(path), 224)) < 1e-5
+
+
+def saved(mode, colour, path, **options):
+    Image.new(mode, (40, 20), colour).save(path, **options)
+    return path
+
+
+def test_odd_photos_come_out_in_their_colours(tmp_path):
+    odd = {"grey": (saved("L", 200, tmp_path / "g.jpg"), (200, 200, 200)),
+           "cmyk": (saved("CMYK", (0, 255, 255, 0), tmp_path / "c.jpg"), (255, 0, 0)),
+           "palette": (saved("P", 0, tmp_path / "p.png"), (0, 0, 0)),
+           "transparent": (saved("RGBA", (9, 9, 9, 0), tmp_path / "t.png"), (255, 255, 255)),
+           "png named jpg": (saved("RGB", (1, 2, 3), tmp_path / "n.jpg", format="PNG"), (1, 2, 3))}
+    for name, (path, colour) in odd.items():
+        photo = data.load_photo(path, 16)
+        assert photo.shape == (16, 16, 3)
+        assert np.abs(photo.astype(int) - colour).max() <= 3, name
+    Image.new("RGB", (1, 1), (7, 8, 9)).save(tmp_path / "1.png")
+    assert (data.load_photo(tmp_path / "1.png", 16) == (7, 8, 9)).all()
+    Image.new("RGB", (1, 4000), (7, 8, 9)).save(tmp_path / "strip.png")
+    assert (data.load_photo(tmp_path / "strip.png", 16) == (7, 8, 9)).all()
+
+
+def test_a_photo_taken_with_the_camera_turned_is_upright(tmp_path):
+    image = Image.new("RGB", (40, 40), "black")
+    image.paste("white", (0, 0, 40, 20))                    # white above, as stored
+    exif = Image.Exif()
+    exif[0x0112] = 6                                        # turn by 90 degrees clockwise to show
+    image.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    photo = data.load_photo(tmp_path / "a.jpg", 16)
+    assert photo[:, 12:].mean() > 240
+    assert photo[:, :4].mean() < 15
+
+
+def load(folder):
+    return data.load(str(folder), "train", 48, 24)
+
+
+def test_a_damaged_or_missing_photo_is_named_and_left_out(album, capsys):
+    for i in range(120, 420):                               # so many that two are under 1 %
+        shutil.copy(album / "images" / "5.jpg", album / "images" / f"{i}.jpg")
+    images = [{"filename": f"{i}.jpg", "split": "train" if i > 9 else "val",
+               "sentences": [{"raw": f"photo {i}"}]} for i in range(420)]
+    (album / "dataset_flickr30k.json").write_text(json.dumps({"images": images}))
+    (album / "images" / "77.jpg").write_bytes((album / "images" / "77.jpg").read_bytes()[:300])
+    (album / "images" / "88.jpg").unlink()
+    dataset = load(album)
+    assert "77.jpg" in capsys.readouterr().err
+    train = dataset.splits["train"]
+    assert not {"77.jpg", "88.jpg"} & set(train.names)
+    assert len(train.names) == len(train.photos) == 408
+    assert [train.captions[c] for c in (0, -1)] == ["photo 10", "photo 419"]
+
+
+def test_the_store_is_reused_until_a_photo_changes(album, monkeypatch):
+    first = load(album).splits["train"].photos.clone()
+    monkeypatch.setattr(data, "build_store", lambda *_: pytest.fail("built again"))
+    assert torch.equal(load(album).splits["train"].photos, first)
+    monkeypatch.undo()
+    monkeypatch.chdir(album.parent)
+    Image.new("RGB", (80, 60)).save(album / "images" / "2.jpg")
+    assert not torch.equal(load(album).splits["train"].photos, first)
+
+
+def test_a_store_that_fails_leaves_nothing_behind(album):
+    for name in NAMES[2:30]:
+        (album / "images" / name).write_bytes(b"no photo")
+    with pytest.raises(data.InputError, match="can't be read"):
+        load(album)
+    assert list(Path("cache").iterdir()) == []
+
+
+def test_an_epoch_shows_every_photo_once_with_one_of_its_own_captions(album):
+    train = load(album).splits["train"]
+    drawn = torch.stack([train.pairs(seed=3, epoch=epoch) for epoch in range(60)])
+    for pairs in drawn:
+        assert sorted(pairs[:, 0].tolist()) == list(range(80))
+        assert torch.equal(train.owner[pairs[:, 1]], pairs[:, 0])
+    assert set(drawn[:, :, 1].flatten().tolist()) == set(range(400))
+    assert torch.equal(drawn[7], train.pairs(3, 7))
+    assert not torch.equal(drawn[7], train.pairs(4, 7))
+
+
+def test_no_photo_and_no_caption_is_in_two_splits(album):
+    names = [set(split.names) for split in load(album).splits.values()]
+    assert sum(len(part) for part in names) == len(set.union(*names)) == 120
+
+
+def test_a_trained_tokenizer_knows_every_byte_and_its_end_token_is_the_largest():
+    tokenizer = data.train_tokenizer(["a small red circle", "a small blue square"] * 20)
+    assert isinstance(tokenizer, transformers.CLIPTokenizer)
+    assert tokenizer.eos_token_id == len(tokenizer) - 1
+    text = "zebrafish 🦓 é ñ 漢"
+    ids = tokenizer(text)["input_ids"]
+    assert ids.count(tokenizer.eos_token_id) == 1           # an unknown byte would become an end token
+    assert tokenizer.decode(ids[1:-1]).replace(" ", "") == text.replace(" ", "")
+    assert len(tokenizer("small")["input_ids"]) == 3
+
+
+def test_long_captions_are_cut_and_keep_their_end_token():
+    tokenizer = data.train_tokenizer(["a b c"])
+    ids = data.tokenize(tokenizer, ["a " * 200, "b"])
+    assert ids.shape == (2, 77)
+    assert ids[0, -1] == tokenizer.eos_token_id
+    assert (ids[1, 2:] == tokenizer.eos_token_id).all()
+
+
+def test_a_batch_of_captions_is_as_long_as_its_longest_rounded_up_to_eight(album):
+    train = load(album).splits["train"]
+    train.ids = torch.full((3, 24), 99)
+    train.ids[0, :7], train.ids[1, :8], train.ids[2, :16] = 1, 1, 1
+    batches = [torch.tensor(rows) for rows in ([0], [0, 1], [2, 0])]
+    assert [train.tokens(rows, torch.device("cpu")).shape[1] for rows in batches] == [8, 16, 24]
+
+
+def test_augmentation_without_crop_is_the_photo_or_its_mirror_image():
+    photos = torch.randint(0, 256, (64, 16, 16, 3), dtype=torch.uint8)
+    plain, augmented = data.normalize(photos), data.augment(photos, 16, scale=(1, 1), ratio=(1, 1))
+    mirrored = (augmented - plain).abs().amax(dim=(1, 2, 3)) > 1e-3
+    assert 16 < mirrored.sum() < 48
+    assert difference(augmented, torch.where(mirrored[:, None, None, None], plain.flip(-1), plain)) < 1e-4
+
+
+def test_crops_show_the_share_of_the_photo_that_was_asked_for():
+    ramp = torch.arange(256).expand(500, 256, 256)[..., None].expand(-1, -1, -1, 3).to(torch.uint8)
+    columns = data.augment(ramp, 224, scale=(0.4, 0.4), ratio=(1, 1))[:, 0, 0] * data.STD[0] + data.MEAN[0]
+    width = (columns[:, -1] - columns[:, 0]).abs() * 224 / 223
+    assert difference(width, torch.full_like(width, 0.4 ** 0.5)) < 0.01
+
+
+def test_a_scene_depends_on_seed_and_index_alone():
+    few, many = (data.load_shapes({"val": 10, "train": n}, 48) for n in (5, 20))
+    assert np.array_equal(few["train"][1], many["train"][1][:5])
+    assert few["train"][2] == many["train"][2][:25]
+    assert data.scene(1, 0) != data.scene(0, 0)
+
+
+def test_no_validation_scene_is_in_training_and_every_caption_says_which_one_it_is():
+    scenes = [data.scene(0, i) for i in range(11_000)]
+    assert len(set(scenes)) == 11_000
+    captions = data.load_shapes({"val": 500}, 48)["val"][2]
+    assert len(set(captions)) == 2500
+    for i, caption in enumerate(captions):
+        *objects, ground = scenes[i // 5]
+        words = [word for thing, _ in objects for word in thing] + [ground]
+        assert all(caption.split().count(word) >= words.count(word) for word in words), caption
+
+
+def test_reading_half_a_caption_fails_on_shapes():
+    halves = [half for i in range(500) for half in data.scene(0, i)[:2]]
+    chance = np.mean([1 / halves.count(half) for half in halves])
+    print(f"R@1 of a reader of one object and its place: {chance:.3f}")
+    assert chance < 0.35
+
+
+@pytest.fixture
+def hub_server(tmp_path):
+    """A stand-in for the hub: two files of nlphuji/flickr30k, with the headers that the client wants."""
+    files = tmp_path / "hub"
+    files.mkdir()
+    hub(files)
+    Image.new("RGB", (80, 60), "red").save(files / "red.jpg")
+    with zipfile.ZipFile(files / "flickr30k-images.zip", "w") as archive:
+        for name in NAMES:
+            archive.write(files / "red.jpg", f"flickr30k-images/{name}")
+        archive.write(files / "red.jpg", "../../outside.jpg")
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            path = files / Path(self.path).name
+            content = path.read_bytes() if path.is_file() else b""
+            self.send_response(200 if content else 404)
+            for name, value in {"ETag": f'"{len(content)}"', "X-Repo-Commit": "a" * 40,
+                                "Content-Length": str(len(content))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def run_process(*argv, cwd, **environment):
+    return subprocess.run([sys.executable, Path(clip.__file__), *argv], cwd=cwd, timeout=170,
+                          capture_output=True, text=True, env={**os.environ, **environment})
+
+
+TOY = ("--model", "tiny", "--tokenizer", "train", "--epochs", "1", "--batch-size", "40", "--device", "cpu")
+
+
+def test_flickr30k_is_fetched_from_the_hub_and_nothing_lands_outside_its_folder(hub_server, tmp_path):
+    (tmp_path / "a").mkdir()
+    done = run_process(*TOY, cwd=tmp_path / "a", HF_ENDPOINT=hub_server, HF_HUB_OFFLINE="0",
+                       HF_HUB_DISABLE_XET="1", HF_HOME=str(tmp_path / "home"))
+    assert done.returncode == 0, done.stderr
+    assert "4.4 GB" in done.stdout
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["cache", "flickr30k", "runs"]
+    assert not list(tmp_path.glob("outside.jpg"))
+
+
+def test_without_network_the_missing_photos_are_one_line(tmp_path):
+    done = run_process(cwd=tmp_path, HF_HUB_OFFLINE="1")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "--data DIR" in done.stderr
+    assert "--data shapes" in done.stderr
+
+
+# --- Training --------------------------------------------------------------------------------------------
+
+
+def train_shapes(monkeypatch, folder, *flags):
+    monkeypatch.chdir(folder)
+    few_scenes(monkeypatch)
+    return clip.main(["--data", "shapes", "--batch-size", "25", "--epochs", "3", "--device", "cpu", *flags])
+
+
+def test_a_run_leaves_all_that_load_needs_and_two_pictures(monkeypatch, tmp_path, capsys):
+    assert train_shapes(monkeypatch, tmp_path) == 0
+    run = tmp_path / "runs" / "shapes"
+    assert {p.name for p in run.iterdir()} == {"config.json", "tokenizer", "best.pt", "last.pt", "log.csv",
+                                               "curve.png", "retrieval.png"}
+    for name in ("curve.png", "retrieval.png"):
+        Image.open(run / name).load()
+    rows = list(csv.DictReader(open(run / "log.csv")))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    model, tokenizer = CLIP.load(run), data.load_tokenizer(run / "tokenizer")
+    names, photos, captions, owner = data.load_shapes({"val": 70}, 48)["val"]
+    ids = data.tokenize(tokenizer, captions, 24)
+    split = data.Split(torch.from_numpy(photos), names, captions, torch.from_numpy(owner), ids)
+    best = max(rows, key=lambda row: sum(float(value) for name, value in row.items() if "_r" in name))
+    assert abs(clip.evaluate(model, split)["loss"] - float(best["loss"])) < 1e-6
+    assert torch.load(run / "best.pt", weights_only=True)["epoch"] == int(best["epoch"])
+
+
+def without_times(history):
+    return [{name: value for name, value in row.items() if name != "minutes"} for row in history]
+
+
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(monkeypatch, tmp_path):
+    assert train_shapes(monkeypatch, tmp_path, "--out", "whole") == 0
+    monkeypatch.undo()
+    evaluate, calls = clip.evaluate, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(clip, "evaluate", interrupted)
+    monkeypatch.setattr(clip, "SAVE_SHARE", 1e9)            # saves after every epoch
+    with pytest.raises(KeyboardInterrupt):
+        train_shapes(monkeypatch, tmp_path, "--out", "halves")
+    monkeypatch.undo()
+    assert train_shapes(monkeypatch, tmp_path, "--out", "halves", "--resume") == 0
+    whole, halves = (clip.load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "halves"))
+    assert without_times(whole["history"]) == without_times(halves["history"])
+    assert all(torch.equal(whole["model"][name], halves["model"][name]) for name in whole["model"])
+
+
+def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine():
+    rates = [clip.learning_rate(step, 1000, 2.0, 0.1) for step in range(1000)]
+    assert rates[0] == pytest.approx(2 / 101)
+    assert rates[100] == max(rates) == 2.0
+    assert rates[550] == pytest.approx(1.0)
+    assert rates[999] < 1e-4
+    assert np.allclose(np.diff(rates[:100]), 2 / 101)
+
+
+def test_only_the_matrices_of_linears_decay():
+    model = CLIP(SMALL)
+    groups = clip.make_optimizer(model, 1e-3, 0.2).param_groups
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    linears = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear)}
+    assert len(decays) == len(list(model.parameters()))
+    assert {i for i, decay in decays.items() if decay == 0.2} == linears
+
+
+def test_the_logit_scale_never_leaves_a_step_above_100(monkeypatch, tmp_path):
+    monkeypatch.setattr(clip, "init_weights", lambda model, init=clip.init_weights: (
+        init(model), model.logit_scale.data.fill_(9.0)))
+    assert train_shapes(monkeypatch, tmp_path) == 0
+    scale = clip.load_checkpoint("runs/shapes/last.pt")["model"]["logit_scale"].exp().item()
+    assert 90 < scale < 100.001
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(monkeypatch, tmp_path, capsys):
+    loss, steps = clip.contrastive_loss, []
+
+    def poisoned(logits):
+        steps.append(1)
+        return loss(logits) * (torch.nan if len(steps) > 12 else 1)
+
+    monkeypatch.setattr(clip, "contrastive_loss", poisoned)
+    monkeypatch.setattr(clip, "SAVE_SHARE", 1e9)
+    assert train_shapes(monkeypatch, tmp_path) == 2
+    assert "not finite" in capsys.readouterr().err
+    state = clip.load_checkpoint("runs/shapes/last.pt")
+    assert len(state["history"]) == 1
+    assert all(p.isfinite().all() for p in state["model"].values())
+
+
+def test_validation_loss_is_over_groups_of_64_pairs(album, monkeypatch):
+    split = load(album).splits["train"]                    # 80 photos: one group of 64, and 16 left out
+    images, texts = F.normalize(torch.randn(80, 8), dim=-1), F.normalize(torch.randn(400, 8), dim=-1)
+    monkeypatch.setattr(clip, "embed", lambda *_: (images, texts))
+    model = CLIP(SMALL)
+    expected = []
+    for turn in range(5):
+        logits = images[:64] @ texts[turn:320:5].T / 0.07
+        labels = torch.arange(64)
+        expected.append((F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2)
+    assert clip.evaluate(model, split)["loss"] == pytest.approx(torch.stack(expected).mean().item(), abs=1e-5)
+
+
+def damaged(run):
+    run.mkdir(parents=True)
+    (run / "config.json").write_text("{")
+
+
+BAD = {
+    "no such folder": (["--data", "nowhere"], "no such folder"),
+    "no captions file": (["--data", "empty"], "no captions in empty"),
+    "captions without photos": (["--data", "alone"], "not beside it"),
+    "an empty captions file": (["--data", "blank"], "holds no captions"),
+    "the wrong delimiter": (["--data", "commas"], "line 2 is not"),
+    "a split without photos": (["--data", "trainonly"], "no val photos"),
+    "a path as a photo's name": (["--data", "escape"], "without folders"),
+    "more pairs than photos": (["--data", "photos", "--batch-size", "81"], "--batch-size 81"),
+    "no epochs": (["--data", "photos", "--epochs", "0"], "--epochs 0"),
+    "a batch of one": (["--data", "photos", "--batch-size", "1"], "--batch-size 1"),
+    "a negative rate": (["--data", "photos", "--lr", "-1"], "--lr -1"),
+    "a rate that is no number": (["--data", "photos", "--lr", "nan"], "--lr nan"),
+    "an unknown model": (["--data", "photos", "--model", "RN50"], "RN50"),
+    "an unknown flag": (["--epoch-count", "3"], "--epoch-count"),
+    "an unknown device": (["--data", "photos", "--device", "tpu9"], "no device tpu9"),
+    "an unknown tokenizer": (["--data", "photos", "--tokenizer", "nowhere"], "no tokenizer nowhere"),
+    "a run that is there": (["--data", "photos", "--out", "old"], "holds a run"),
+    "another run resumed": (["--data", "photos", "--out", "old", "--resume", "--seed", "5"], "seed was 0"),
+    "a configuration cut short": (["--data", "photos", "--out", "cut", "--resume"], "can't open the run cut"),
+    "a checkpoint cut short": (["--data", "photos", "--out", "old", "--resume"], "is damaged"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(name, album, capsys, monkeypatch):
+    for folder in ("empty", "alone", "blank", "commas", "trainonly", "escape"):
+        Path(folder).mkdir()
+    karpathy(Path("alone"))
+    Path("blank/results.csv").write_text("")
+    Path("commas/results.csv").write_text("image_name,comment_number,comment\n1.jpg,0,a dog\n")
+    one = {"filename": "1.jpg", "split": "train", "sentences": [{"raw": "a dog"}]}
+    Path("trainonly/dataset_flickr8k.json").write_text(json.dumps({"images": [one]}))
+    Image.new("RGB", (60, 60)).save("trainonly/1.jpg")
+    one["filename"] = "../../1.jpg"
+    Path("escape/dataset_flickr8k.json").write_text(json.dumps({"images": [one]}))
+    damaged(Path("cut"))
+    if "old" in BAD[name][0]:
+        assert clip.main(["--data", "photos", *TOY, "--out", "old"]) == 0
+        Path("old/last.pt").write_bytes(Path("old/last.pt").read_bytes()[:1000])
+    capsys.readouterr()
+    flags, message = BAD[name]
+    given = [flag for i in range(0, len(TOY), 2) if TOY[i] not in flags for flag in TOY[i:i + 2]]
+    assert clip.main([*given, *flags]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    error = [line for line in error if "decoding" not in line]
+    assert len(error) == 1 and error[0].startswith("error: ") and message in error[0], error
+    assert not Path("runs").exists()
+
+
+# --- README ----------------------------------------------------------------------------------------------
+
+
+def test_files_keep_the_length_that_the_readme_promises():
+    here = Path(clip.__file__).parent
+    for name, limit in {"clip.py": 700, "data.py": 450}.items():
+        lines = (here / name).read_text().splitlines()
+        assert len(lines) <= limit, name
+        assert max(map(len, lines)) <= 110, name
