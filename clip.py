@@ -435,7 +435,7 @@ def load_checkpoint(path):
         raise InputError(f"{path} is damaged or no checkpoint ({type(error).__name__}): delete it") from error
 
 
-SAVE_SHARE = 0.05   # of the time goes into checkpoints: where epochs are faster than the disk, not each is saved
+SAVE_SHARE = 0.05   # of the time may go into saving: where epochs are faster than the disk, not each is saved
 
 
 def check_finite(loss, run_dir):
@@ -563,7 +563,7 @@ def draw_retrieval(path, model, split, queries=6, shown=6):
 # --- The command -----------------------------------------------------------------------------------------
 
 # `--data shapes` makes these the defaults: a small model for a small world.
-SHAPES = dict(model="tiny", tokenizer="train", epochs=12, batch_size=128, lr=1e-3, weight_decay=0.1)
+SHAPES = dict(model="tiny", tokenizer="train", epochs=9, batch_size=128, lr=1e-3, weight_decay=0.1)
 FREE = ("resume", "device", "compile", "out")               # flags that a resumed run may change
 
 
@@ -661,7 +661,7 @@ def finish(model, dataset, history, args, seconds):
     rate = len(history) * len(dataset.splits["train"].photos) / history[-1]["minutes"] / 60
     print(f"lowest    validation loss {lowest['loss']:.4f}, in epoch {lowest['epoch']}")
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if args.device.type == "cuda" else ""
-    print(f"done      {timedelta(seconds=round(seconds))}, {rate:,.0f} pairs/s and validation{memory}: {args.out}")
+    print(f"done      {timedelta(seconds=round(seconds))}, {rate:,.0f} pairs/s in all{memory}: see {args.out}")
 
 
 def run(args):

@@ -1,8 +1,7 @@
 """Photos and captions to batches: Flickr30k in every form people have it, and `shapes`, a drawn world.
 
-`load(name_or_folder, ...)` returns a Dataset with the splits train, val and, where there is one, test: all
-photos as one uint8 array and all captions as one array of token ids. A batch is then two look-ups and an
-`augment` on the device, and there are no loader workers.
+`load` returns a Dataset with the splits train, val and, where there is one, test: all photos as one uint8
+array, all captions as one array of ids. A batch is two look-ups and an `augment`; there are no workers.
 """
 import csv
 import hashlib
@@ -153,10 +152,9 @@ def load_photo(path, size):
     width, height = image.size
     if max(width, height) > 20 * min(width, height):        # a 1 x 4000 strip would become 224 x 896,000
         image = ImageOps.fit(image, (min(width, 20 * height), min(height, 20 * width)))
-        width, height = image.size
-    short = min(width, height)
-    image = image.resize((int(size * width / short), int(size * height / short)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
+    width, height = (int(size * side / min(image.size)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
@@ -353,7 +351,6 @@ class Split:
         stay memory-mapped, and each batch is read from disk."""
         if device.type == "cuda" and self.photos.numel() < torch.cuda.mem_get_info(device)[0] / 2:
             self.photos = self.photos.to(device)
-        return self
 
     def take(self, rows, device):
         """Photos `rows` on the device, uint8 (len(rows), S, S, 3)."""
@@ -369,8 +366,7 @@ class Split:
 
 @dataclass
 class Dataset:
-    """splits: {"train": Split, "val": Split, and "test" where there is one}. augmented: whether training
-    photos are cropped and flipped, which would make captions wrong that say "left" or "large"."""
+    """augmented: whether training photos are cropped and flipped, which makes "left" and "large" wrong."""
     name: str
     splits: dict
     tokenizer: object
@@ -421,6 +417,7 @@ def augment(photos, size, scale=(0.4, 1.0), ratio=(3 / 4, 4 / 3)):
 def load(name, tokenizer, image_size, context=77, cache="cache"):
     """The Dataset `name` ("shapes", or a folder; ./flickr30k is downloaded if it isn't there), for a model of
     this image_size and captions of at most `context` tokens. tokenizer: hub name, folder or "train"."""
+    tokenizer = tokenizer if tokenizer == "train" else load_tokenizer(tokenizer)
     if name == "shapes":
         parts = load_shapes({"val": 500, "test": 500, "train": 10_000}, image_size)
     else:
@@ -446,7 +443,7 @@ def load(name, tokenizer, image_size, context=77, cache="cache"):
                 sentences = [captions[name][1] for name in names]
                 owner = np.repeat(np.arange(len(names)), [len(s) for s in sentences])
                 parts[split] = names, photos, [c for s in sentences for c in s], owner
-    tokenizer = train_tokenizer(parts["train"][2]) if tokenizer == "train" else load_tokenizer(tokenizer)
+    tokenizer = train_tokenizer(parts["train"][2]) if tokenizer == "train" else tokenizer
     splits = {split: Split(torch.from_numpy(photos), names, captions, torch.from_numpy(owner),
                            tokenize(tokenizer, captions, context))
               for split, (names, photos, captions, owner) in parts.items()}
