@@ -550,7 +550,7 @@ def draw_retrieval(path, model, split, queries=6, shown=6):
     figure = Figure(figsize=(1.6 * shown, 1.85 * len(captions)), layout="constrained")
     grid = figure.subplots(*found.shape, squeeze=False)
     for caption, photos, row in zip(captions.tolist(), found.tolist(), grid):
-        row[0].set_title(split.captions[caption][:110], loc="left", fontsize=9)
+        row[0].set_title(split.captions[caption][:110], loc="left", fontsize=9).set_in_layout(False)
         for photo, axes in zip(photos, row):
             right = photo == split.owner[caption]
             axes.imshow(split.photos[photo].cpu())
@@ -661,7 +661,7 @@ def finish(model, dataset, history, args, seconds):
     rate = len(history) * len(dataset.splits["train"].photos) / history[-1]["minutes"] / 60
     print(f"lowest    validation loss {lowest['loss']:.4f}, in epoch {lowest['epoch']}")
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if args.device.type == "cuda" else ""
-    print(f"done      {timedelta(seconds=round(seconds))}, {rate:,.0f} pairs/s in all{memory}: see {args.out}")
+    print(f"done      {timedelta(seconds=round(seconds))}, {rate:,.0f} pairs/s in all{memory}: {args.out}")
 
 
 def run(args):

@@ -228,9 +228,7 @@ CORNERS = list(itertools.combinations(PLACES, 2))
 SCENES = len(OBJECTS) ** 2 * len(CORNERS) * len(BACKGROUNDS)
 
 
-@cache
-def scene_order(seed):
-    return np.random.default_rng(seed).permutation(SCENES)
+scene_order = cache(lambda seed: np.random.default_rng(seed).permutation(SCENES))
 
 
 def scene(seed, index):
@@ -312,7 +310,9 @@ def load_tokenizer(name):
     """A CLIPTokenizer from the hub or a folder."""
     from transformers import CLIPTokenizer
     try:
-        return CLIPTokenizer.from_pretrained(name)
+        tokenizer = CLIPTokenizer.from_pretrained(name)
+        assert len(tokenizer) > 3, "empty"                  # what it returns for a folder that isn't there
+        return tokenizer
     except Exception as error:                              # the hub's client has dozens of kinds
         raise InputError(f"no tokenizer {name}: give a hub name, a folder with vocab.json and merges.txt, or "
                          f"`train` to make one from the captions ({type(error).__name__})") from error
@@ -429,8 +429,8 @@ def load(name, tokenizer, image_size, context=77, cache="cache"):
         if len(missing) > 0.01 * len(captions):
             raise InputError(f"{len(missing)} of {len(captions)} photos of {captions_file} are not beside it "
                              f"or one folder deeper, {missing[0]} for one")
-        if missing:
-            print(f"warning: left out, because there is no such photo: {', '.join(missing)}", file=sys.stderr)
+        for name in missing:
+            print(f"warning: {name} is left out: there is no such photo", file=sys.stderr)
         parts = {}
         for split in ("train", "val", "test"):
             chosen = {name: path for name, path in paths.items() if captions[name][0] == split}
