@@ -297,12 +297,12 @@ def train_tokenizer(captions, vocab_size=8192):
     from transformers import CLIPTokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     blank = CLIPTokenizer().backend_tokenizer
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 256 - 2, initial_alphabet=alphabet,
-                                  end_of_word_suffix="</w>", show_progress=False)
+    letters = [*alphabet, *(byte + "</w>" for byte in alphabet)]       # given, so that ties fall alike every time
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, special_tokens=letters, end_of_word_suffix="</w>",
+                                  show_progress=False)
     blank.train_from_iterator(captions, trainer)
     merges = [tuple(merge) for merge in json.loads(blank.to_str())["model"]["merges"]]
-    tokens = [*alphabet, *(byte + "</w>" for byte in alphabet), *("".join(merge) for merge in merges),
-              "<|startoftext|>", "<|endoftext|>"]
+    tokens = [*letters, *("".join(merge) for merge in merges), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges=merges)
 
 
