@@ -415,8 +415,8 @@ def learning_rate(step, steps, peak, warmup):
 
 
 def trained_state(model):
-    """A copy on the CPU of what training changes: all parameters from scratch, the adapters with LoRA."""
-    return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
+    """What training changes: all parameters from scratch, the adapters with LoRA."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def save_checkpoint(path, **state):
@@ -438,22 +438,16 @@ def load_checkpoint(path):
 SAVE_SHARE = 0.05   # of the time may go into saving: where epochs are faster than the disk, not each is saved
 
 
-def check_finite(loss, run_dir):
-    if not math.isfinite(loss):
-        raise InputError(f"the loss is not finite; {run_dir} keeps the last good checkpoint: start a new run "
-                         "with a lower --lr or a longer --warmup")
-    return loss
-
-
-def train(model, dataset, args, run_dir):
+def train(model, splits, args, run_dir):
     """Trains all that requires a gradient; returns the history, one evaluated row for each epoch.
 
     Writes log.csv after each epoch, last.pt (to resume from) and best.pt (the epoch of highest rsum) often.
     The batches of an epoch derive from (seed, epoch), crops and dropout from (seed, step): a resumed run does
     what an uninterrupted one does, on the CPU bit for bit. Raises InputError when the loss is not finite.
     """
-    device, split = model.logit_scale.device, dataset.splits["train"]
-    augment = partial(data.augment, size=model.config.image_size) if dataset.augmented else data.normalize
+    device, split, size = model.logit_scale.device, splits["train"], model.config.image_size
+    # Photos are stored with a margin for crops. Drawn scenes are not: a crop makes "left" and "large" wrong.
+    augment = partial(data.augment, size=size) if split.photos.shape[1] > size else data.normalize
     steps_per_epoch = len(split.photos) // args.batch_size
     steps = args.epochs * steps_per_epoch
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
@@ -490,20 +484,23 @@ def train(model, dataset, args, run_dir):
             model.logit_scale.data.clamp_(max=math.log(100))        # the paper's bound (openai/CLIP #46)
             total += loss.detach()
             if (step + 1) % max(1, steps // 40) == 0:       # about 40 lines for a run of any length
-                value, scale = check_finite(loss.item(), run_dir), model.logit_scale.exp().item()
+                value, scale = loss.item(), model.logit_scale.exp().item()
                 rate = (i + 1) * args.batch_size / (time.perf_counter() - start)
                 print(f"epoch {epoch + 1:3d}/{args.epochs}  step {step + 1:6d}/{steps}  loss {value:7.4f}  "
                       f"lr {group['lr']:.2e}  scale {scale:6.2f}  {rate:6,.0f} pairs/s  "
                       f"ETA {timedelta(seconds=round((steps - step) * args.batch_size / rate))}", flush=True)
-        train_loss, row = total.item() / steps_per_epoch, evaluate(model, dataset.splits["val"])
-        check_finite(train_loss + row["loss"], run_dir)
+        train_loss, row = total.item() / steps_per_epoch, evaluate(model, splits["val"])
+        if not math.isfinite(train_loss + row["loss"]):
+            raise InputError(f"the loss is not finite; {run_dir} keeps the last good checkpoint: start a new "
+                             "run with a lower --lr or a longer --warmup")
         seconds += time.perf_counter() - start
         history.append({"epoch": epoch + 1, "train_loss": train_loss, "lr": group["lr"], **row,
                         "logit_scale": model.logit_scale.exp().item(), "minutes": seconds / 60})
         print(f"epoch {epoch + 1:3d}/{args.epochs}  train {train_loss:.4f}  val {describe(row)}"
               f"{'  best' if rsum(row) > best['rsum'] else ''}", flush=True)
         if rsum(row) > best["rsum"]:
-            best = {"rsum": rsum(row), "epoch": epoch + 1, "model": trained_state(model)}
+            weights = {name: tensor.to("cpu", copy=True) for name, tensor in trained_state(model).items()}
+            best = {"rsum": rsum(row), "epoch": epoch + 1, "model": weights}
         if epoch + 1 == args.epochs or cost <= SAVE_SHARE * (time.perf_counter() - saved):
             begin = time.perf_counter()
             save_checkpoint(run_dir / "best.pt", **best)
@@ -544,18 +541,20 @@ def draw_curve(path, history, photos):
 def draw_retrieval(path, model, split, queries=6, shown=6):
     """Captions from all over the split, each over the photos that it finds first, the right one framed."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
     images, texts = embed(model, split)
     captions = torch.linspace(0, len(texts) - 1, min(queries, len(texts))).long()
-    found = (texts.cpu()[captions] @ images.cpu().T).topk(min(shown, len(images))).indices
-    figure = Figure(figsize=(1.6 * shown, 1.85 * len(captions)), layout="constrained")
-    grid = figure.subplots(*found.shape, squeeze=False)
-    for caption, photos, row in zip(captions.tolist(), found.tolist(), grid):
-        row[0].set_title(split.captions[caption][:110], loc="left", fontsize=9).set_in_layout(False)
-        for photo, axes in zip(photos, row):
-            right = photo == split.owner[caption]
-            axes.imshow(split.photos[photo].cpu())
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set(color="limegreen" if right else "lightgrey", linewidth=4 if right else 1)
+    found = (texts[captions] @ images.T).topk(min(shown, len(images))).indices.cpu()
+    figure = Figure(figsize=(1.6 * shown, 1.9 * len(captions)), layout="constrained")
+    side = split.photos.shape[1]
+    for axes, caption, photos in zip(figure.subplots(len(captions), squeeze=False)[:, 0], captions, found):
+        pictures = F.pad(split.take(photos, "cpu"), (0, 0, 2, 2), value=255)            # white between them
+        axes.imshow(torch.cat(list(pictures), dim=1).numpy())
+        axes.set_title(split.captions[caption][:110], loc="left", fontsize=9)
+        axes.axis("off")
+        for place in (photos == split.owner[caption]).nonzero():
+            frame = (place.item() * (side + 4) + 1, 0), side + 1, side - 1
+            axes.add_patch(Rectangle(*frame, fill=False, edgecolor="limegreen", linewidth=4))
     with data.atomic(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png")
 
@@ -618,30 +617,31 @@ def open_run(config, tokenizer, args):
     """Makes the folder args.out, or checks that the run in it is this one: {"model": ..., "run": flags}."""
     flags = {name: str(value) for name, value in vars(args).items() if name not in FREE}
     described, file = {"model": asdict(config), "run": flags}, args.out / "config.json"
+    if file.exists() and not args.resume:
+        raise InputError(f"{args.out} holds a run: --resume goes on with it, --out DIR starts another")
     try:
-        if file.exists() and not args.resume:
-            raise InputError(f"{args.out} holds a run: --resume goes on with it, --out DIR starts another")
         before = json.loads(file.read_text()) if file.exists() else described
         changed = [f"{name} was {before[part].get(name)}, now {value}" for part in described
                    for name, value in described[part].items() if before[part].get(name) != value]
-        if changed:
-            raise InputError(f"{args.out} is another run ({'; '.join(changed)}): --out DIR starts a new one")
-        args.out.mkdir(parents=True, exist_ok=True)
-        tokenizer.save_pretrained(args.out / "tokenizer")
-        with data.atomic(file) as temporary:
-            temporary.write_text(json.dumps(described, indent=1))
-    except (OSError, KeyError, AttributeError, json.JSONDecodeError) as error:
-        raise InputError(f"can't open the run {args.out}: {error}") from error
+    except (KeyError, AttributeError, json.JSONDecodeError) as error:
+        raise InputError(f"can't resume: {file} is damaged ({error})") from error
+    if changed:
+        raise InputError(f"{args.out} is another run ({'; '.join(changed)}): --out DIR starts a new one")
+    args.out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(args.out / "tokenizer")
+    with data.atomic(file) as temporary:
+        temporary.write_text(json.dumps(described, indent=1))
 
 
-def print_start(model, dataset, args):
+def print_start(model, splits, args):
+    """The opening block: device, size, data, steps, and the losses of a model that knows nothing."""
     vision, text, everything = (f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"
                                 for module in (model.vision_model, model.text_model, model))
-    cuda, steps_per_epoch = args.device.type == "cuda", len(dataset.splits["train"].photos) // args.batch_size
+    cuda, steps_per_epoch = args.device.type == "cuda", len(splits["train"].photos) // args.batch_size
     device = torch.cuda.get_device_name(args.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
     print(f"device    {device}, {'bfloat16' if cuda else 'float32'}{', compiled' if args.compile else ''}")
-    print(f"model     {args.model}: vision {vision} + {args.text} text {text} + projections = {everything}")
-    for name, split in dataset.splits.items():
+    print(f"model     vision {vision} + text {text} + projections = {everything} parameters")
+    for name, split in splits.items():
         print(f"{name:10s}{len(split.photos):,} photos, {len(split.captions):,} captions")
     steps = args.epochs * steps_per_epoch
     print(f"training  {args.epochs} epochs, {steps:,} steps of {args.batch_size} pairs")
@@ -649,46 +649,46 @@ def print_start(model, dataset, args):
           f"validation loss ln 64 = {math.log(64):.3f}", flush=True)
 
 
-def finish(model, dataset, history, args, seconds):
+def finish(model, splits, history, args):
     """The closing block: the last and the best epoch on photos that chose nothing. Then the figures."""
-    name = "test" if "test" in dataset.splits else "val"
+    name = "test" if "test" in splits else "val"
     for checkpoint, epoch in (("last", history[-1]["epoch"]), ("best", max(history, key=rsum)["epoch"])):
         model.load_state_dict(load_checkpoint(args.out / f"{checkpoint}.pt")["model"], strict=False)
-        print(f"{checkpoint} epoch {epoch:3d}  {name} {describe(evaluate(model, dataset.splits[name]))}")
-    draw_curve(args.out / "curve.png", history, len(dataset.splits["val"].photos))
-    draw_retrieval(args.out / "retrieval.png", model, dataset.splits["val"])
-    lowest = min(history, key=lambda row: row["loss"])
-    rate = len(history) * len(dataset.splits["train"].photos) / history[-1]["minutes"] / 60
+        print(f"{checkpoint} epoch {epoch:3d}  {name} {describe(evaluate(model, splits[name]))}")
+    draw_curve(args.out / "curve.png", history, len(splits["val"].photos))
+    draw_retrieval(args.out / "retrieval.png", model, splits["val"])
+    lowest, minutes = min(history, key=lambda row: row["loss"]), history[-1]["minutes"]
+    rate = len(history) * len(splits["train"].photos) / minutes / 60
     print(f"lowest    validation loss {lowest['loss']:.4f}, in epoch {lowest['epoch']}")
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if args.device.type == "cuda" else ""
-    print(f"done      {timedelta(seconds=round(seconds))}, {rate:,.0f} pairs/s in all{memory}: {args.out}")
+    print(f"done      {minutes:.1f} minutes of training, {rate:,.0f} pairs/s{memory}: {args.out}")
 
 
 def run(args):
-    started = time.perf_counter()
     torch.set_float32_matmul_precision("high")              # TF32 for what stays in fp32, where there is any
-    config = PRESETS[args.model]
-    dataset = data.load(args.data, args.tokenizer, config.image_size, config.max_position_embeddings)
-    if args.batch_size > len(dataset.splits["train"].photos):
-        raise InputError(f"--batch-size {args.batch_size} is more than the training photos, "
-                         f"{len(dataset.splits['train'].photos)}")
-    config = replace(config, causal=args.text == "causal", vocab_size=len(dataset.tokenizer),
-                     eos_token_id=dataset.tokenizer.eos_token_id)
-    open_run(config, dataset.tokenizer, args)
+    config, own = PRESETS[args.model], args.out / "tokenizer"
+    tokenizer = own if args.resume and own.exists() else args.tokenizer     # "train" would train another one
+    splits, tokenizer = data.load(args.data, tokenizer, config.image_size, config.max_position_embeddings)
+    photos = len(splits["train"].photos)
+    if args.batch_size > photos:
+        raise InputError(f"--batch-size {args.batch_size} is more than the {photos} training photos")
+    config = replace(config, causal=args.text == "causal", vocab_size=len(tokenizer),
+                     eos_token_id=tokenizer.eos_token_id)
+    open_run(config, tokenizer, args)
     torch.manual_seed(args.seed)
     model = CLIP(config).to(args.device)
-    for split in dataset.splits.values():
+    for split in splits.values():
         split.place(args.device)
-    print_start(model, dataset, args)
-    history = train(model, dataset, args, args.out)
-    finish(model, dataset, history, args, time.perf_counter() - started)
+    print_start(model, splits, args)
+    history = train(model, splits, args, args.out)
+    finish(model, splits, history, args)
 
 
 def main(argv=None):
     """The command. Returns its exit code."""
     try:
         run(parse_args(argv))
-    except InputError as error:
+    except (InputError, OSError) as error:                  # an OSError says which file: no space, no right
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,7 +1,7 @@
-"""Photos and captions to batches: Flickr30k in every form people have it, and `shapes`, a drawn world.
+"""Photos and captions to batches: Flickr30k in every form people have it, and two drawn worlds.
 
-`load` returns a Dataset with the splits train, val and, where there is one, test: all photos as one uint8
-array, all captions as one array of ids. A batch is two look-ups and an `augment`; there are no workers.
+`load` returns the splits train, val and, where there is one, test: all photos as one uint8 array, all
+captions as one array of ids. A batch is two look-ups and an `augment`; there are no workers.
 """
 import csv
 import hashlib
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageOps
 
 
 class InputError(ValueError):
@@ -32,17 +32,19 @@ class InputError(ValueError):
 @contextmanager
 def atomic(path):
     """Yields a temporary path to write; at the end of the block it becomes `path`, after an error it goes."""
-    temporary = Path(path).with_name(f".{os.getpid()}.{Path(path).name}")
+    path = Path(path)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         yield temporary
-        os.replace(temporary, path)
+        if not path.is_dir():                               # else another run has just built the same store
+            os.replace(temporary, path)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)        # where it is a folder
         temporary.unlink(missing_ok=True)
 
 
 # --- Captions --------------------------------------------------------------------------------------------
+
 
 def read_karpathy(text):
     """Karpathy's dataset_*.json: {"images": [{"filename", "split", "sentences": [{"raw"}, ...]}, ...]}."""
@@ -52,20 +54,19 @@ def read_karpathy(text):
 
 def read_hub(text):
     """flickr_annotations_30k.csv of the hub's nlphuji/flickr30k, with columns raw (JSON), split, filename."""
-    return {row["filename"]: (row["split"], json.loads(row["raw"]))
-            for row in csv.DictReader(text.splitlines(keepends=True))}
+    rows = csv.DictReader(text.splitlines(keepends=True))
+    return {row["filename"]: (row["split"], json.loads(row["raw"])) for row in rows}
 
 
 def read_kaggle(text):
     """Kaggle's results.csv: lines `name.jpg| 0| caption`. One line of the published file has lost its second
     bar (`2199200615.jpg| 4   A dog runs ...`), which this pattern forgives."""
     captions = {}
-    for number, line in enumerate(text.splitlines()[1:], start=2):
+    for line in filter(str.strip, text.splitlines()[1:]):
         row = re.fullmatch(r"([^|]+)\|\s*\d+\s*\|?(.*)", line)
-        if line.strip() and not row:
-            raise ValueError(f"line {number} is not `name.jpg| 0| caption`: {line[:60]!r}")
-        if row:
-            captions.setdefault(row[1].strip(), (None, []))[1].append(row[2])
+        if not row:
+            raise ValueError(f"this line is not `name.jpg| 0| caption`: {line[:60]!r}")
+        captions.setdefault(row[1].strip(), (None, []))[1].append(row[2])
     return captions
 
 
@@ -97,7 +98,7 @@ def read_captions(folder):
     path, read = found[0]
     try:
         photos = read(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
         raise InputError(f"{path} can't be read as {read.__doc__.split(':')[0]}: "
                          f"{type(error).__name__}: {str(error)[:120]}") from error
     captions = {}
@@ -149,9 +150,8 @@ def load_photo(path, size):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
-    width, height = image.size
-    if max(width, height) > 20 * min(width, height):        # a 1 x 4000 strip would become 224 x 896,000
-        image = ImageOps.fit(image, (min(width, 20 * height), min(height, 20 * width)))
+    if max(image.size) > 20 * min(image.size):              # a 1 x 4000 strip would become 224 x 896,000
+        image = ImageOps.fit(image, [min(side, 20 * min(image.size)) for side in image.size])
     width, height = (int(size * side / min(image.size)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
@@ -159,16 +159,14 @@ def load_photo(path, size):
 
 
 def find_photos(captions_file, names):
-    """{name: path} for photos beside the captions file or one folder deeper."""
+    """{name: path} for photos beside the captions file or one folder deeper; where there is none, the path
+    is one that doesn't exist."""
     if bad := next((name for name in names if Path(name).name != name), None):
         raise InputError(f"{captions_file} names the photo {bad!r}: give a file name without folders")
     folder = captions_file.parent
-    try:
-        folders = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
-        paths = {entry.name: Path(entry.path) for place in reversed(folders) for entry in os.scandir(place)}
-    except OSError as error:
-        raise InputError(f"can't list the photos: {error}") from error
-    return {name: paths[name] for name in names if name in paths}
+    folders = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
+    paths = {entry.name: Path(entry.path) for place in reversed(folders) for entry in os.scandir(place)}
+    return {name: paths.get(name, folder / name) for name in names}
 
 
 def build_store(store, photos, size):
@@ -176,80 +174,91 @@ def build_store(store, photos, size):
     names of those that could be read in names.json. The folder appears whole or not at all."""
     from tqdm import tqdm
     store.parent.mkdir(parents=True, exist_ok=True)
-
-    def decode(item):
-        try:
-            return load_photo(item[1], size)
-        except Exception as error:                          # PIL raises almost anything on a damaged file
-            return error
-
     names, broken = [], []
+
+    def decode(path):
+        try:
+            return load_photo(path, size)
+        except Exception:                                   # PIL raises almost anything on a damaged file
+            return None
+
     # Threads are enough: PIL lets go of Python's lock while it decodes and resizes.
     with atomic(store) as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
         temporary.mkdir()
         with open(temporary / "photos.uint8", "wb") as file:
-            decoded = pool.map(decode, photos.items())
+            decoded = pool.map(decode, photos.values())
             for name, photo in zip(photos, tqdm(decoded, "decoding", len(photos), mininterval=1)):
-                if isinstance(photo, Exception):
-                    broken.append(name)
-                else:
-                    file.write(photo.tobytes())
-                    names.append(name)
+                (broken if photo is None else names).append(name)
+                if photo is not None:
+                    file.write(photo)
         if len(broken) > 0.01 * len(photos):
-            raise InputError(f"{len(broken)} of {len(photos)} photos can't be read, {broken[0]} for one")
+            raise InputError(f"{len(broken)} of {len(photos)} photos are missing or can't be read, "
+                             f"{photos[broken[0]]} for one")
         (temporary / "names.json").write_text(json.dumps(names))
     if broken:
-        print(f"warning: left out, because they can't be read: {', '.join(broken)}", file=sys.stderr)
+        print(f"warning: left out, missing or not to be read: {', '.join(broken)}", file=sys.stderr)
 
 
 def photo_store(photos, size, cache):
     """Photos {name: path} as (names, uint8 (N, size, size, 3)), memory-mapped. Reused as long as the names,
     the files' sizes and times and `size` are the same: their hash names the folder in `cache`."""
-    stats = [(name, os.stat(path).st_size, os.stat(path).st_mtime_ns) for name, path in photos.items()]
+    stats = [(name, os.path.isfile(path) and (os.path.getsize(path), os.stat(path).st_mtime_ns))
+             for name, path in photos.items()]
     store = Path(cache) / hashlib.sha256(json.dumps([size, stats]).encode()).hexdigest()[:16]
     if not store.exists():
         build_store(store, photos, size)
     names = json.loads((store / "names.json").read_text())
-    # mode "c", a private map that could be written, only because torch warns about read-only memory
+    # mode "c": a private map. One that can't be written makes torch warn.
     return names, np.memmap(store / "photos.uint8", np.uint8, mode="c", shape=(len(names), size, size, 3))
 
 
-# --- A drawn world ---------------------------------------------------------------------------------------
+# --- Two drawn worlds ------------------------------------------------------------------------------------
 
+DRAWN = {"shapes": 10_000, "sketches": 2_000}               # training scenes
 SIZES = {"small": 0.13, "large": 0.22}                      # radius as a share of the picture's side
 COLOURS = {"red": (225, 35, 35), "green": (30, 160, 60), "blue": (40, 80, 230), "yellow": (245, 210, 30),
            "purple": (150, 50, 180), "cyan": (60, 210, 225)}
-SHAPES = ("circle", "square", "triangle", "cross", "ring")
+SHAPES = "circle", "square", "triangle", "cross", "ring"
 PLACES = {"top left": (0.27, 0.27), "top right": (0.73, 0.27),
           "bottom left": (0.27, 0.73), "bottom right": (0.73, 0.73)}
-BACKGROUNDS = {"white": (250, 250, 250), "grey": (128, 128, 128), "black": (10, 10, 10)}
-OBJECTS = [(size, colour, shape) for size in SIZES for colour in COLOURS for shape in SHAPES]
-CORNERS = list(itertools.combinations(PLACES, 2))
-SCENES = len(OBJECTS) ** 2 * len(CORNERS) * len(BACKGROUNDS)
+GROUNDS = {"white": (250, 250, 250), "grey": (128, 128, 128), "black": (10, 10, 10)}
+TEMPLATES = (
+    "a {a} at the {place_a} and a {b} at the {place_b} on a {ground} background",
+    "{ground} background with {a} {place_a} , {b} {place_b}",
+    "in the {place_a} corner a {a} , in the {place_b} corner a {b} , on {ground}",
+    "on {ground} , a {a} at the {place_a} , {where} a {b}",
+    "the {place_a} {A[2]} is {A[0]} and {A[1]} , {where} a {B[2]} that is {B[0]} and {B[1]} , on {ground}",
+)
+WHERE = {(-1, 0): "left of", (1, 0): "right of", (0, -1): "above", (0, 1): "below"}
+# `sketches` is the same world in outlines, on other backgrounds and in other words.
+SKETCH_GROUNDS = {"white": (255, 225, 190), "grey": (150, 190, 160), "black": (50, 30, 70)}
+SKETCH_WORDS = {"white": "peach", "grey": "sage", "black": "plum", "small": "tiny", "large": "big",
+                "red": "scarlet", "green": "emerald", "blue": "azure", "yellow": "golden", "cyan": "turquoise",
+                "circle": "disc", "square": "box", "triangle": "wedge", "cross": "plus", "ring": "hoop",
+                "top": "upper", "bottom": "lower", "background": "paper"}
 
 
-scene_order = cache(lambda seed: np.random.default_rng(seed).permutation(SCENES))
+@cache
+def all_scenes(seed):
+    """The 64,800 scenes there are, each once, in the order of `seed`. A scene is ((object, place), (object,
+    place), ground), and an object (size, colour, shape)."""
+    objects = list(itertools.product(SIZES, COLOURS, SHAPES))
+    scenes = [((a, place_a), (b, place_b), ground) for a in objects for b in objects
+              for place_a, place_b in itertools.combinations(PLACES, 2) for ground in GROUNDS]
+    random.Random(seed).shuffle(scenes)
+    return scenes
 
 
-def scene(seed, index):
-    """Scene `index` of world `seed`: ((object, place), (object, place), background), where an object is
-    (size, colour, shape). No two indices give the same scene: they are a permutation of all there are."""
-    code, background = divmod(int(scene_order(seed)[index]), len(BACKGROUNDS))
-    code, corners = divmod(code, len(CORNERS))
-    objects = (OBJECTS[i] for i in divmod(code, len(OBJECTS)))
-    return (*zip(objects, CORNERS[corners]), list(BACKGROUNDS)[background])
-
-
-def draw(scene, side, rng):
+def draw(scene, side, rng, sketch=False):
     """A scene as (side, side, 3) uint8, each object shaken a little by `rng`. Drawn four times as large and
     scaled down, for smooth edges."""
-    *objects, background = scene
-    image = Image.new("RGB", (4 * side, 4 * side), BACKGROUNDS[background])
-    pen = ImageDraw.Draw(image)
+    *objects, ground = scene
+    image = Image.new("RGB", (4 * side, 4 * side), (SKETCH_GROUNDS if sketch else GROUNDS)[ground])
     for (size, colour, shape), place in objects:
         radius = 4 * side * SIZES[size] * rng.uniform(0.95, 1.05)
         x, y = (4 * side * (centre + rng.uniform(-0.02, 0.02)) for centre in PLACES[place])
-        box, fill = (x - radius, y - radius, x + radius, y + radius), COLOURS[colour]
+        box, mask = (x - radius, y - radius, x + radius, y + radius), Image.new("L", image.size)
+        pen, fill = (ImageDraw.Draw(mask), 255) if sketch else (ImageDraw.Draw(image), COLOURS[colour])
         if shape == "triangle":
             pen.polygon([(x, y - radius), (x + radius, y + radius), (x - radius, y + radius)], fill)
         elif shape == "cross":
@@ -259,22 +268,17 @@ def draw(scene, side, rng):
             pen.rectangle(box, fill)
         else:
             pen.ellipse(box, fill if shape == "circle" else None, fill, width=round(radius * 0.4))
+        if sketch:                                          # keeps what has an end of the object within reach
+            inside, reach = mask, side // 12
+            for dx, dy in ((reach, 0), (-reach, 0), (0, reach), (0, -reach)):
+                inside = ImageChops.darker(inside, ImageChops.offset(mask, dx, dy))
+            image.paste(COLOURS[colour], mask=ImageChops.subtract(mask, inside))
     return np.asarray(image.reduce(4))
 
 
-TEMPLATES = (
-    "a {a} at the {place_a} and a {b} at the {place_b} on a {ground} background",
-    "{ground} background with {a} {place_a} , {b} {place_b}",
-    "in the {place_a} corner a {a} , in the {place_b} corner a {b} , on {ground}",
-    "on {ground} , a {a} at the {place_a} , {where} a {b}",
-    "the {place_a} {A[2]} is {A[0]} and {A[1]} , {where} a {B[2]} that is {B[0]} and {B[1]} , on {ground}",
-)
-WHERE = {(-1, 0): "left of", (1, 0): "right of", (0, -1): "above", (0, 1): "below"}
-
-
-def describe(scene, rng):
-    """Five captions of a scene, all of them complete: they name both objects, both places and the background,
-    in an order that `rng` draws. A place and a relation say as much as two places."""
+def describe(scene, rng, sketch=False):
+    """Five captions of a scene, its objects in an order that `rng` draws. All of them are complete: they name
+    both objects, the background, and two places or a place and a relation, which says as much."""
     *objects, ground = scene
     captions = []
     for template in TEMPLATES:
@@ -282,9 +286,25 @@ def describe(scene, rng):
         (a, place_a), (b, place_b) = objects
         (x_a, y_a), (x_b, y_b) = PLACES[place_a], PLACES[place_b]
         where = WHERE.get((np.sign(x_a - x_b), np.sign(y_a - y_b)), "across from")
-        captions.append(template.format(a=" ".join(a), b=" ".join(b), A=a, B=b, place_a=place_a,
-                                        place_b=place_b, where=where, ground=ground))
+        words = template.format(a=" ".join(a), b=" ".join(b), A=a, B=b, place_a=place_a, place_b=place_b,
+                                where=where, ground=ground).split()
+        captions.append(" ".join(SKETCH_WORDS.get(word, word) if sketch else word for word in words))
     return captions
+
+
+def load_drawn(sizes, side, sketch=False, seed=0):
+    """Splits of a drawn world, `side` pixels large: sizes {split: number of scenes}. Returns for each split
+    (names, photos, sentences of each). Scene i is what (seed, i) says, whatever the sizes."""
+    splits, index = {}, itertools.count()
+    for split, count in sizes.items():
+        names, photos, sentences = [], [], []
+        for i in itertools.islice(index, count):
+            scene, rng = all_scenes(seed)[i], random.Random(f"{seed}/{i}")
+            names.append(f"{i:05d}")
+            photos.append(draw(scene, side, rng, sketch))
+            sentences.append(describe(scene, rng, sketch))
+        splits[split] = names, np.stack(photos), sentences
+    return splits
 
 
 # --- Tokenizer -------------------------------------------------------------------------------------------
@@ -297,21 +317,21 @@ def train_tokenizer(captions, vocab_size=8192):
     from transformers import CLIPTokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     blank = CLIPTokenizer().backend_tokenizer
-    letters = [*alphabet, *(byte + "</w>" for byte in alphabet)]       # given, so that ties fall alike every time
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, special_tokens=letters, end_of_word_suffix="</w>",
-                                  show_progress=False)
+    letters = [*alphabet, *(byte + "</w>" for byte in alphabet)]    # given, so that ties always fall alike
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, special_tokens=letters, show_progress=False,
+                                  end_of_word_suffix="</w>")
     blank.train_from_iterator(captions, trainer)
-    merges = [tuple(merge) for merge in json.loads(blank.to_str())["model"]["merges"]]
+    merges = list(map(tuple, json.loads(blank.to_str())["model"]["merges"]))
     tokens = [*letters, *("".join(merge) for merge in merges), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges=merges)
 
 
 def load_tokenizer(name):
-    """A CLIPTokenizer from the hub or a folder."""
+    """A CLIPTokenizer from the hub or a folder. Raises InputError where there is none."""
     from transformers import CLIPTokenizer
     try:
         tokenizer = CLIPTokenizer.from_pretrained(name)
-        assert len(tokenizer) > 3, "empty"                  # what it returns for a folder that isn't there
+        assert len(tokenizer) > 3                           # an empty one is what no folder gives, offline
         return tokenizer
     except Exception as error:                              # the hub's client has dozens of kinds
         raise InputError(f"no tokenizer {name}: give a hub name, a folder with vocab.json and merges.txt, or "
@@ -343,7 +363,8 @@ class Split:
         caption a photo, so that no photo meets itself in a batch as a negative (vsepp #6)."""
         rng = np.random.default_rng([seed, epoch])
         photo = rng.permutation(len(self.photos))
-        first, count = np.searchsorted(self.owner, photo), np.bincount(self.owner)[photo]
+        owner = self.owner.numpy()
+        first, count = np.searchsorted(owner, photo), np.bincount(owner)[photo]
         return torch.from_numpy(np.stack([photo, first + rng.integers(count)], axis=1))
 
     def place(self, device):
@@ -364,29 +385,12 @@ class Split:
         return ids[:, :-(-(int(end.max()) + 1) // 8) * 8].to(device, non_blocking=True)
 
 
-@dataclass
-class Dataset:
-    """augmented: whether training photos are cropped and flipped, which makes "left" and "large" wrong."""
-    name: str
-    splits: dict
-    tokenizer: object
-    augmented: bool
-
-
-def load_shapes(sizes, side, seed=0):
-    """Splits of the drawn world, `side` pixels large: sizes {split: number of scenes}. Returns for each split
-    (names, photos, captions, owner). Scene i is what (seed, i) says, whatever the sizes."""
-    splits, index = {}, 0
-    for split, count in sizes.items():
-        photos, captions = [], []
-        for i in range(index, index + count):
-            rng = random.Random(f"{seed}/{i}")
-            photos.append(draw(scene(seed, i), side, rng))
-            captions += describe(scene(seed, i), rng)
-        owner, names = np.repeat(np.arange(count), len(TEMPLATES)), [f"{index + i:05d}" for i in range(count)]
-        splits[split] = names, np.stack(photos), captions, owner
-        index += count
-    return splits
+def make_split(names, photos, sentences, tokenizer, context):
+    """A Split of photos (N, S, S, 3) uint8, with for each of them the list of its sentences."""
+    owner = np.repeat(np.arange(len(names)), [len(own) for own in sentences])
+    captions = [caption for own in sentences for caption in own]
+    return Split(torch.from_numpy(photos), names, captions, torch.from_numpy(owner),
+                 tokenize(tokenizer, captions, context))
 
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)   # of OpenAI's photos
@@ -414,37 +418,33 @@ def augment(photos, size, scale=(0.4, 1.0), ratio=(3 / 4, 4 / 3)):
     return F.grid_sample(normalize(photos), grid, padding_mode="border", align_corners=False)
 
 
+def load_flickr(folder, image_size, cache):
+    """Splits of a folder with photos and captions: for each split (names, photos, sentences of each)."""
+    captions_file, captions = read_captions(folder)
+    paths, splits = find_photos(captions_file, captions), {}
+    for split in ("train", "val", "test"):
+        chosen = {name: path for name, path in paths.items() if captions[name][0] == split}
+        if chosen:
+            # Training photos have a margin for crops: 256 pixels for the 224 of ViT-B/16.
+            size = image_size * 8 // 7 if split == "train" else image_size
+            names, photos = photo_store(chosen, size, cache)
+            splits[split] = names, photos, [captions[name][1] for name in names]
+        elif split != "test":
+            raise InputError(f"{captions_file} has no {split} photos")
+    return splits
+
+
 def load(name, tokenizer, image_size, context=77, cache="cache"):
-    """The Dataset `name` ("shapes", or a folder; ./flickr30k is downloaded if it isn't there), for a model of
-    this image_size and captions of at most `context` tokens. tokenizer: hub name, folder or "train"."""
+    """({"train", "val" and perhaps "test": Split}, tokenizer) of the data `name`: "shapes", "sketches" or a
+    folder; ./flickr30k is downloaded if it isn't there. For models of this image_size and captions of up to
+    `context` tokens. tokenizer: hub name, folder or "train"."""
+    if name == "flickr30k" and not Path(name).exists():
+        download(name)
     tokenizer = tokenizer if tokenizer == "train" else load_tokenizer(tokenizer)
-    if name == "shapes":
-        parts = load_shapes({"val": 500, "test": 500, "train": 10_000}, image_size)
+    if name in DRAWN:
+        parts = load_drawn({"val": 500, "test": 500, "train": DRAWN[name]}, image_size, name == "sketches")
     else:
-        if name == "flickr30k" and not Path(name).exists():
-            download(name)
-        captions_file, captions = read_captions(name)
-        paths = find_photos(captions_file, captions)
-        missing = [name for name in captions if name not in paths]
-        if len(missing) > 0.01 * len(captions):
-            raise InputError(f"{len(missing)} of {len(captions)} photos of {captions_file} are not beside it "
-                             f"or one folder deeper, {missing[0]} for one")
-        for name in missing:
-            print(f"warning: {name} is left out: there is no such photo", file=sys.stderr)
-        parts = {}
-        for split in ("train", "val", "test"):
-            chosen = {name: path for name, path in paths.items() if captions[name][0] == split}
-            if not chosen and split != "test":
-                raise InputError(f"{captions_file} has no {split} photos")
-            if chosen:
-                # A crop of a training photo needs a margin: 256 pixels for the 224 of ViT-B/16.
-                size = image_size * 8 // 7 if split == "train" else image_size
-                names, photos = photo_store(chosen, size, cache)
-                sentences = [captions[name][1] for name in names]
-                owner = np.repeat(np.arange(len(names)), [len(s) for s in sentences])
-                parts[split] = names, photos, [c for s in sentences for c in s], owner
-    tokenizer = train_tokenizer(parts["train"][2]) if tokenizer == "train" else tokenizer
-    splits = {split: Split(torch.from_numpy(photos), names, captions, torch.from_numpy(owner),
-                           tokenize(tokenizer, captions, context))
-              for split, (names, photos, captions, owner) in parts.items()}
-    return Dataset(str(name), splits, tokenizer, augmented=name != "shapes")
+        parts = load_flickr(name, image_size, cache)
+    if tokenizer == "train":
+        tokenizer = train_tokenizer(itertools.chain(*parts["train"][2]))
+    return {split: make_split(*part, tokenizer, context) for split, part in parts.items()}, tokenizer

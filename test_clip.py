@@ -478,8 +478,8 @@ def album(tmp_path, monkeypatch):
 
 
 def few_scenes(monkeypatch):
-    load_shapes = data.load_shapes
-    monkeypatch.setattr(data, "load_shapes", lambda sizes, *rest: load_shapes(
+    load_drawn = data.load_drawn
+    monkeypatch.setattr(data, "load_drawn", lambda sizes, *rest: load_drawn(
         {"val": 70, "test": 70, "train": 100}, *rest))
 
 
@@ -516,7 +516,7 @@ def processed(image, size):
 
 def prepared(path):
     """Our preprocessing of a file, in the same layout."""
-    return data.normalize(torch.from_numpy(data.load_photo(path, 224))[None])[0].permute(1, 2, 0)
+    return data.normalize(torch.tensor(data.load_photo(path, 224))[None])[0].permute(1, 2, 0)
 
 
 @pytest.mark.parametrize("shape", [(375, 500), (500, 333), (224, 224), (225, 640), (37, 61)])
@@ -566,7 +566,8 @@ def test_a_photo_taken_with_the_camera_turned_is_upright(tmp_path):
 
 
 def load(folder):
-    return data.load(str(folder), "train", 48, 24)
+    splits, _ = data.load(str(folder), "train", 48, 24)
+    return splits
 
 
 def test_a_damaged_or_missing_photo_is_named_and_left_out(album, capsys):
@@ -577,22 +578,21 @@ def test_a_damaged_or_missing_photo_is_named_and_left_out(album, capsys):
     (album / "dataset_flickr30k.json").write_text(json.dumps({"images": images}))
     (album / "images" / "77.jpg").write_bytes((album / "images" / "77.jpg").read_bytes()[:300])
     (album / "images" / "88.jpg").unlink()
-    dataset = load(album)
-    assert "77.jpg" in capsys.readouterr().err
-    train = dataset.splits["train"]
+    train = load(album)["train"]
+    assert "warning: left out, missing or not to be read: 77.jpg, 88.jpg\n" in capsys.readouterr().err
     assert not {"77.jpg", "88.jpg"} & set(train.names)
     assert len(train.names) == len(train.photos) == 408
     assert [train.captions[c] for c in (0, -1)] == ["photo 10", "photo 419"]
 
 
 def test_the_store_is_reused_until_a_photo_changes(album, monkeypatch):
-    first = load(album).splits["train"].photos.clone()
+    first = load(album)["train"].photos.clone()
     monkeypatch.setattr(data, "build_store", lambda *_: pytest.fail("built again"))
-    assert torch.equal(load(album).splits["train"].photos, first)
+    assert torch.equal(load(album)["train"].photos, first)
     monkeypatch.undo()
     monkeypatch.chdir(album.parent)
     Image.new("RGB", (80, 60)).save(album / "images" / "2.jpg")
-    assert not torch.equal(load(album).splits["train"].photos, first)
+    assert not torch.equal(load(album)["train"].photos, first)
 
 
 def test_a_store_that_fails_leaves_nothing_behind(album):
@@ -604,7 +604,7 @@ def test_a_store_that_fails_leaves_nothing_behind(album):
 
 
 def test_an_epoch_shows_every_photo_once_with_one_of_its_own_captions(album):
-    train = load(album).splits["train"]
+    train = load(album)["train"]
     drawn = torch.stack([train.pairs(seed=3, epoch=epoch) for epoch in range(60)])
     for pairs in drawn:
         assert sorted(pairs[:, 0].tolist()) == list(range(80))
@@ -615,7 +615,7 @@ def test_an_epoch_shows_every_photo_once_with_one_of_its_own_captions(album):
 
 
 def test_no_photo_and_no_caption_is_in_two_splits(album):
-    names = [set(split.names) for split in load(album).splits.values()]
+    names = [set(split.names) for split in load(album).values()]
     assert sum(len(part) for part in names) == len(set.union(*names)) == 120
 
 
@@ -639,7 +639,7 @@ def test_long_captions_are_cut_and_keep_their_end_token():
 
 
 def test_a_batch_of_captions_is_as_long_as_its_longest_rounded_up_to_eight(album):
-    train = load(album).splits["train"]
+    train = load(album)["train"]
     train.ids = torch.full((3, 24), 99)
     train.ids[0, :7], train.ids[1, :8], train.ids[2, :16] = 1, 1, 1
     batches = [torch.tensor(rows) for rows in ([0], [0, 1], [2, 0])]
@@ -662,16 +662,16 @@ def test_crops_show_the_share_of_the_photo_that_was_asked_for():
 
 
 def test_a_scene_depends_on_seed_and_index_alone():
-    few, many = (data.load_shapes({"val": 10, "train": n}, 48) for n in (5, 20))
+    few, many = (data.load_drawn({"val": 10, "train": n}, 48) for n in (5, 20))
     assert np.array_equal(few["train"][1], many["train"][1][:5])
-    assert few["train"][2] == many["train"][2][:25]
-    assert data.scene(1, 0) != data.scene(0, 0)
+    assert few["train"][2] == many["train"][2][:5]
+    assert data.all_scenes(1)[0] != data.all_scenes(0)[0]
 
 
 def test_no_validation_scene_is_in_training_and_every_caption_says_which_one_it_is():
-    scenes = [data.scene(0, i) for i in range(11_000)]
+    scenes = [data.all_scenes(0)[i] for i in range(11_000)]
     assert len(set(scenes)) == 11_000
-    captions = data.load_shapes({"val": 500}, 48)["val"][2]
+    captions = sum(data.load_drawn({"val": 500}, 48)["val"][2], [])
     assert len(set(captions)) == 2500
     for i, caption in enumerate(captions):
         *objects, ground = scenes[i // 5]
@@ -680,7 +680,7 @@ def test_no_validation_scene_is_in_training_and_every_caption_says_which_one_it_
 
 
 def test_reading_half_a_caption_fails_on_shapes():
-    halves = [half for i in range(500) for half in data.scene(0, i)[:2]]
+    halves = [half for i in range(500) for half in data.all_scenes(0)[i][:2]]
     chance = np.mean([1 / halves.count(half) for half in halves])
     print(f"R@1 of a reader of one object and its place: {chance:.3f}")
     assert chance < 0.35
@@ -766,9 +766,7 @@ def test_a_run_leaves_all_that_load_needs_and_two_pictures(monkeypatch, tmp_path
     rows = list(csv.DictReader(open(run / "log.csv")))
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     model, tokenizer = CLIP.load(run), data.load_tokenizer(run / "tokenizer")
-    names, photos, captions, owner = data.load_shapes({"val": 70}, 48)["val"]
-    ids = data.tokenize(tokenizer, captions, 24)
-    split = data.Split(torch.from_numpy(photos), names, captions, torch.from_numpy(owner), ids)
+    split = data.make_split(*data.load_drawn({"val": 70}, 48)["val"], tokenizer, 77)
     best = max(rows, key=lambda row: sum(float(value) for name, value in row.items() if "_r" in name))
     assert abs(clip.evaluate(model, split)["loss"] - float(best["loss"])) < 1e-6
     assert torch.load(run / "best.pt", weights_only=True)["epoch"] == int(best["epoch"])
@@ -843,7 +841,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(m
 
 
 def test_validation_loss_is_over_groups_of_64_pairs(album, monkeypatch):
-    split = load(album).splits["train"]                    # 80 photos: one group of 64, and 16 left out
+    split = load(album)["train"]                    # 80 photos: one group of 64, and 16 left out
     images, texts = F.normalize(torch.randn(80, 8), dim=-1), F.normalize(torch.randn(400, 8), dim=-1)
     monkeypatch.setattr(clip, "embed", lambda *_: (images, texts))
     model = CLIP(SMALL)
@@ -863,9 +861,9 @@ def damaged(run):
 BAD = {
     "no such folder": (["--data", "nowhere"], "no such folder"),
     "no captions file": (["--data", "empty"], "no captions in empty"),
-    "captions without photos": (["--data", "alone"], "not beside it"),
+    "captions without photos": (["--data", "alone"], "are missing"),
     "an empty captions file": (["--data", "blank"], "holds no captions"),
-    "the wrong delimiter": (["--data", "commas"], "line 2 is not"),
+    "the wrong delimiter": (["--data", "commas"], "this line is not"),
     "a split without photos": (["--data", "trainonly"], "no val photos"),
     "a path as a photo's name": (["--data", "escape"], "without folders"),
     "more pairs than photos": (["--data", "photos", "--batch-size", "81"], "--batch-size 81"),
@@ -879,7 +877,7 @@ BAD = {
     "an unknown tokenizer": (["--data", "photos", "--tokenizer", "nowhere"], "no tokenizer nowhere"),
     "a run that is there": (["--data", "photos", "--out", "old"], "holds a run"),
     "another run resumed": (["--data", "photos", "--out", "old", "--resume", "--seed", "5"], "seed was 0"),
-    "a configuration cut short": (["--data", "photos", "--out", "cut", "--resume"], "can't open the run cut"),
+    "a configuration cut short": (["--data", "photos", "--out", "cut", "--resume"], "can't resume: cut"),
     "a checkpoint cut short": (["--data", "photos", "--out", "old", "--resume"], "is damaged"),
 }
 
