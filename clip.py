@@ -15,9 +15,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
-from functools import partial
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +27,6 @@ from data import InputError
 
 # --- The model -------------------------------------------------------------------------------------------
 
-
 @dataclass
 class TowerConfig:
     """The size of one transformer, in Hugging Face's names."""
@@ -37,7 +34,6 @@ class TowerConfig:
     num_hidden_layers: int
     num_attention_heads: int
     intermediate_size: int
-
 
 @dataclass
 class CLIPConfig:
@@ -57,13 +53,11 @@ class CLIPConfig:
     hidden_act: str = "gelu"
     causal: bool = False
 
-
 PRESETS = {
     "ViT-B/16": CLIPConfig(),
     "tiny": CLIPConfig(vision=TowerConfig(96, 3, 6, 384), text=TowerConfig(64, 2, 4, 256),
                        image_size=48, patch_size=12, projection_dim=96),
 }
-
 
 class Attention(nn.Module):
     """Multi-head self-attention: softmax(Q K^T / sqrt(D)) V in each of H heads (Vaswani et al. 2017, eq. 1).
@@ -90,17 +84,12 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                     # (B, H, T, D)
         return self.out_proj(x.transpose(1, 2).reshape(B, T, C))
 
-
-class QuickGELU(nn.Module):
+def quick_gelu(x):
     """x sigmoid(1.702 x), OpenAI's approximation of GELU. Weights trained with one lose accuracy with the
     other and nothing complains (open_clip #771), so the choice is stored with the model."""
+    return x * torch.sigmoid(1.702 * x)
 
-    def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
-
-
-ACTIVATIONS = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
-
+ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 
 class MLP(nn.Module):
     """Two Linears with an activation between, applied to each token on its own."""
@@ -108,12 +97,11 @@ class MLP(nn.Module):
     def __init__(self, config, hidden_act):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation_fn = ACTIVATIONS[hidden_act]()
+        self.activation_fn = ACTIVATIONS[hidden_act]
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
         return self.fc2(self.activation_fn(self.fc1(x)))
-
 
 class Block(nn.Module):
     """Pre-norm transformer block: the residual stream x itself is never normalised, only what is read
@@ -131,7 +119,6 @@ class Block(nn.Module):
         x = x + self.mlp(self.layer_norm2(x))
         return x
 
-
 class Encoder(nn.Module):
     """A stack of blocks, the same for photos and captions."""
 
@@ -143,7 +130,6 @@ class Encoder(nn.Module):
         for layer in self.layers:
             x = layer(x, mask)
         return x
-
 
 class VisionEmbeddings(nn.Module):
     """A photo to tokens: one for each P x P patch, and before them the class token, which has no pixels of
@@ -166,7 +152,6 @@ class VisionEmbeddings(nn.Module):
         x = torch.cat([self.class_embedding.expand(B, 1, -1).to(x.dtype), x], dim=1)    # (B, T, C)
         return x + self.position_embedding.weight
 
-
 class VisionTransformer(nn.Module):
     """ViT (Dosovitskiy et al. 2020, arXiv:2010.11929): photos (B, 3, S, S) to pooled features (B, C)."""
 
@@ -185,7 +170,6 @@ class VisionTransformer(nn.Module):
         x = self.encoder(x)
         return self.post_layernorm(x[:, 0])                                             # (B, C), class token
 
-
 class TextEmbeddings(nn.Module):
     """Token ids (B, T) to vectors (B, T, C): what the token is, plus where it stands."""
 
@@ -196,7 +180,6 @@ class TextEmbeddings(nn.Module):
 
     def forward(self, ids):
         return self.token_embedding(ids) + self.position_embedding.weight[:ids.shape[1]]
-
 
 class TextTransformer(nn.Module):
     """Captions (B, T), each `<start> words <end> padding`, to pooled features (B, C) of their end token."""
@@ -224,15 +207,8 @@ class TextTransformer(nn.Module):
         x = self.final_layer_norm(x)
         return x[torch.arange(B, device=ids.device), end]                               # (B, C)
 
-
 class CLIP(nn.Module):
-    """Two towers and a temperature; `forward` is figure 3 of the paper.
-
-    >>> model = CLIP(CLIPConfig())
-    >>> model.encode_image(pixels)      # (B, 3, S, S) normalised pixels -> (B, E), each of length 1
-    >>> model.encode_text(ids)          # (B, T) token ids, T <= 77      -> (B, E), each of length 1
-    >>> model(pixels, ids)              # logits_per_image (B, B): scale x cosine of photo i and caption j
-    """
+    """Two towers and a temperature; `forward` is figure 3 of the paper."""
 
     def __init__(self, config):
         super().__init__()
@@ -265,17 +241,61 @@ class CLIP(nn.Module):
         return self.similarity(image_embeds, text_embeds)                               # (B, B)
 
     @classmethod
-    def load(cls, run_dir, checkpoint="best.pt"):
-        """The model of a run of this file, in eval mode on the CPU. Raises InputError where it can't."""
-        try:
-            config = json.loads((Path(run_dir) / "config.json").read_text())["model"]
-            tower = {name: TowerConfig(**config.pop(name)) for name in ("vision", "text")}
-            model = cls(CLIPConfig(**config, **tower))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{run_dir} is no run of clip.py: {error}") from error
-        model.load_state_dict(load_checkpoint(Path(run_dir) / checkpoint)["model"])
+    def load(cls, run_dir, epoch="best"):
+        """The model of a run of this file after its "best" or "last" epoch, in eval mode on the CPU. Raises
+        InputError where there is none."""
+        config = read_run(run_dir)["model"]
+        towers = {name: TowerConfig(**config.pop(name)) for name in ("vision", "text")}
+        model = cls(CLIPConfig(**config, **towers))
+        model.load_state_dict(load_checkpoint(run_dir)[epoch])
+        model.source = Path(run_dir) / "tokenizer"
         return model.eval()
 
+    @classmethod
+    def from_pretrained(cls, name_or_dir):
+        """The model of a hub name, a Hugging Face folder or a run of this file, in eval mode on the CPU. Each
+        weight of the file has its place here and each place its weight, or InputError is raised."""
+        import transformers
+        if (Path(name_or_dir) / CHECKPOINT).exists():
+            return cls.load(name_or_dir)
+        try:
+            released, report = transformers.CLIPModel.from_pretrained(name_or_dir, output_loading_info=True)
+        except Exception as error:                          # the hub's client has dozens of kinds
+            raise InputError(f"no CLIP in {name_or_dir}: give a hub name, a Hugging Face folder or a run of "
+                             f"clip.py ({type(error).__name__})") from error
+        vision, text = released.config.vision_config, released.config.text_config
+        if any(report.values()) or vision.hidden_act != text.hidden_act:
+            raise InputError(f"{name_or_dir} is not one whole CLIP: {report}")
+        towers = [TowerConfig(**{each.name: getattr(tower, each.name) for each in fields(TowerConfig)})
+                  for tower in (vision, text)]
+        # Older configurations say 2 and mean the end token, which has the largest id (transformers #24650).
+        eos_token_id = text.vocab_size - 1 if text.eos_token_id == 2 else text.eos_token_id
+        model = cls(CLIPConfig(*towers, vision.image_size, vision.patch_size, text.vocab_size,
+                               text.max_position_embeddings, eos_token_id, released.config.projection_dim,
+                               text.hidden_act, causal=True))
+        model.load_state_dict(released.state_dict())
+        model.source = name_or_dir
+        return model.eval()
+
+    def save_pretrained(self, folder, tokenizer=None):
+        """Writes a Hugging Face folder, which transformers' CLIPModel and CLIPProcessor open. tokenizer: None
+        is the one that the model came with. A BERT-style text tower, unknown there, raises InputError."""
+        import transformers
+        c = self.config
+        if not c.causal:
+            raise InputError("Hugging Face's CLIP has no BERT-style text tower: train with --text causal")
+        tokenizer = tokenizer or data.load_tokenizer(self.source)
+        vision = asdict(c.vision) | dict(image_size=c.image_size, patch_size=c.patch_size)
+        text = asdict(c.text) | dict(vocab_size=c.vocab_size, eos_token_id=c.eos_token_id, bos_token_id=None,
+                                     max_position_embeddings=c.max_position_embeddings)
+        vision["hidden_act"] = text["hidden_act"] = c.hidden_act
+        config = transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=c.projection_dim)
+        with torch.device("meta"):
+            released = transformers.CLIPModel(config)
+        released.load_state_dict(self.state_dict(), assign=True)
+        released.save_pretrained(folder)
+        pixels = transformers.CLIPImageProcessor(size={"shortest_edge": c.image_size}, crop_size=c.image_size)
+        transformers.CLIPProcessor(pixels, tokenizer).save_pretrained(folder)
 
 @torch.no_grad()
 def init_weights(model):
@@ -307,6 +327,13 @@ def init_weights(model):
     # all logits are then nearly equal, and training crawls at chance.
     nn.init.constant_(model.logit_scale, math.log(1 / 0.07))
 
+def read_run(run_dir):
+    """What a run of this file is: {"model": CLIPConfig as a dict, "run": its flags}."""
+    try:
+        run = json.loads((Path(run_dir) / "config.json").read_text())
+        return {"model": dict(run["model"]), "run": dict(run["run"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{run_dir} is no run of clip.py, or damaged: {error!r}") from error
 
 def contrastive_loss(logits_per_image):
     """Mean of two cross-entropies over logits (B, B): for each photo the right caption is the one of its own
@@ -317,14 +344,13 @@ def contrastive_loss(logits_per_image):
     loss_text = F.cross_entropy(logits_per_image.float().T, labels)
     return (loss_image + loss_text) / 2
 
-
 def recall_at_k(similarity, caption_owner, ks=(1, 5, 10)):
     """Retrieval recall as published for Flickr30k, both ways.
 
     similarity (photos, captions); caption_owner (captions,): the photo that each caption describes.
-    Returns {"text_to_image": {k: fraction}, "image_to_text": {k: fraction}}: how often a caption's photo is
-    among its k best photos, and how often any of a photo's captions is among its k best captions. A tie
-    counts against the model, and so does NaN: constant similarities score 0, not 100 %.
+    Returns {"t2i_r1": fraction, ..., "i2t_r1": fraction, ...}: text to image, how often a caption's photo is
+    among its k best photos; image to text, how often any of a photo's captions is among its k best captions.
+    A tie counts against the model, and so does NaN: constant similarities score 0, not 100 %.
     """
     photos, captions = similarity.shape
     own = caption_owner == torch.arange(photos, device=similarity.device)[:, None]      # (photos, captions)
@@ -333,18 +359,15 @@ def recall_at_k(similarity, caption_owner, ks=(1, 5, 10)):
     # The rank of the right answer is the number of wrong ones that are not strictly below it.
     text_rank = (~(similarity < right_photo) & ~own).sum(dim=0)                         # (captions,)
     image_rank = (~(similarity < best_caption[:, None]) & ~own).sum(dim=1)              # (photos,)
-    return {"text_to_image": {k: (text_rank < k).float().mean().item() for k in ks},
-            "image_to_text": {k: (image_rank < k).float().mean().item() for k in ks}}
-
+    return {**{f"t2i_r{k}": (text_rank < k).float().mean().item() for k in ks},
+            **{f"i2t_r{k}": (image_rank < k).float().mean().item() for k in ks}}
 
 # --- Evaluation ------------------------------------------------------------------------------------------
-
 
 def autocast(device):
     """Matrix products in bf16 on CUDA, all in fp32 elsewhere. bf16 has fp32's range: unlike fp16 it needs no
     loss scaling and doesn't overflow to NaN (openai/CLIP #40)."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
 
 @torch.no_grad()
 def embed(model, split, batch_size=250):
@@ -359,13 +382,14 @@ def embed(model, split, batch_size=250):
     model.train(training)
     return torch.cat(images), torch.cat(texts)
 
-
 @torch.no_grad()
 def evaluate(model, split):
-    """The loss of a split and its recalls in percent: {"loss", "t2i_r1", "t2i_r5", ..., "i2t_r10"}.
+    """The loss of a split and its recalls in percent: {"loss", "t2i_r1", "t2i_r5", ..., "i2t_r10", "rsum"}.
 
     The loss is over fixed groups of 64 photos with one caption each, five times with other captions, so that
-    it compares across batch sizes: chance is ln 64 = 4.159. Photos that fill no group are left out.
+    it compares across batch sizes: chance is ln 64 = 4.159. Photos that fill no group are left out. rsum, the
+    sum of the six recalls, picks the best epoch, and not the loss: that also measures how sure the model is,
+    and rises from overconfidence while recall still rises (open_clip #811).
     """
     images, texts = embed(model, split)
     owner = split.owner.to(images.device)
@@ -376,26 +400,15 @@ def evaluate(model, split):
         for i in range(0, len(images) - group + 1, group):
             logits_per_image = model.similarity(images[i:i + group], chosen[i:i + group])
             losses.append(contrastive_loss(logits_per_image))
-    recall = recall_at_k(images @ texts.T, owner)
-    return {"loss": torch.stack(losses).mean().item(),
-            **{f"t2i_r{k}": 100 * fraction for k, fraction in recall["text_to_image"].items()},
-            **{f"i2t_r{k}": 100 * fraction for k, fraction in recall["image_to_text"].items()}}
-
+    recall = {name: 100 * value for name, value in recall_at_k(images @ texts.T, owner).items()}
+    return {"loss": torch.stack(losses).mean().item(), **recall, "rsum": sum(recall.values())}
 
 def describe(row):
     """An evaluation in one line."""
     return ("loss {loss:.4f}  R@1/5/10 text->image {t2i_r1:5.1f} {t2i_r5:5.1f} {t2i_r10:5.1f}"
             "  image->text {i2t_r1:5.1f} {i2t_r5:5.1f} {i2t_r10:5.1f}").format(**row)
 
-
-def rsum(row):
-    """The sum of the six recalls, the usual yardstick, picks the best epoch. Not the loss: that also measures
-    how sure the model is, and rises from overconfidence while recall still rises (open_clip #811)."""
-    return sum(value for name, value in row.items() if "_r" in name)
-
-
 # --- Training --------------------------------------------------------------------------------------------
-
 
 def make_optimizer(model, lr, weight_decay):
     """AdamW with OpenAI's betas. Decay pulls towards zero: a sensible prior for the matrices of Linears, not
@@ -406,58 +419,49 @@ def make_optimizer(model, lr, weight_decay):
             groups[parameter.ndim >= 2 and "embedding" not in name]["params"].append(parameter)
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
-
 def learning_rate(step, steps, peak, warmup):
     """Linear from 0 over the first `warmup` share of the steps, then half a cosine down to 0."""
     if step < warmup * steps:
         return peak * (step + 1) / (warmup * steps + 1)
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup * steps) / (steps - warmup * steps)))
 
-
 def trained_state(model):
     """What training changes: all parameters from scratch, the adapters with LoRA."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
+CHECKPOINT = "checkpoint.pt"
 
-def save_checkpoint(path, **state):
-    """A plain dict of tensors, numbers, strings, lists and dicts; the file appears whole or not at all."""
-    with data.atomic(path) as temporary:
-        torch.save(state, temporary)
-
-
-def load_checkpoint(path):
-    """A checkpoint as it was saved, on the CPU. Raises InputError where there is none that can be read."""
+def load_checkpoint(run_dir):
+    """A run's checkpoint, on the CPU: {"last": weights to resume with, "best": weights of the best epoch,
+    "optimizer", "history", "seconds"}. Raises InputError where there is none that can be read."""
+    path = Path(run_dir) / CHECKPOINT
     try:
         return torch.load(path, map_location="cpu", weights_only=True)      # data only: it can't bring code
-    except FileNotFoundError as error:
-        raise InputError(f"there is no checkpoint {path}") from error
     except Exception as error:                              # torch.load has a dozen ways to fail
-        raise InputError(f"{path} is damaged or no checkpoint ({type(error).__name__}): delete it") from error
-
+        raise InputError(f"{path} is missing, damaged or no checkpoint ({type(error).__name__})") from error
 
 SAVE_SHARE = 0.05   # of the time may go into saving: where epochs are faster than the disk, not each is saved
-
 
 def train(model, splits, args, run_dir):
     """Trains all that requires a gradient; returns the history, one evaluated row for each epoch.
 
-    Writes log.csv after each epoch, last.pt (to resume from) and best.pt (the epoch of highest rsum) often.
+    Writes log.csv after each epoch and the checkpoint often; its best epoch is that of the highest rsum.
     The batches of an epoch derive from (seed, epoch), crops and dropout from (seed, step): a resumed run does
     what an uninterrupted one does, on the CPU bit for bit. Raises InputError when the loss is not finite.
     """
     device, split, size = model.logit_scale.device, splits["train"], model.config.image_size
     # Photos are stored with a margin for crops. Drawn scenes are not: a crop makes "left" and "large" wrong.
-    augment = partial(data.augment, size=size) if split.photos.shape[1] > size else data.normalize
+    augment = data.augment if split.photos.shape[1] > size else data.normalize
     steps_per_epoch = len(split.photos) // args.batch_size
     steps = args.epochs * steps_per_epoch
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
-    history, seconds, best = [], 0.0, {"rsum": -1.0}
+    history, seconds, best = [], 0.0, None
     saved, cost = time.perf_counter(), 1.0                  # when the last save was, and how long it took
-    if args.resume and (run_dir / "last.pt").exists():
-        state = load_checkpoint(run_dir / "last.pt")
-        model.load_state_dict(state["model"], strict=False)
+    if args.resume and (run_dir / CHECKPOINT).exists():
+        state = load_checkpoint(run_dir)
+        model.load_state_dict(state["last"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
-        history, seconds, best = state["history"], state["seconds"], load_checkpoint(run_dir / "best.pt")
+        history, seconds, best = state["history"], state["seconds"], state["best"]
         print(f"resumed   after epoch {len(history)}")
     if args.compile:                                        # block by block: 12 equal ones compile once
         for block in (*model.vision_model.encoder.layers, *model.text_model.encoder.layers):
@@ -470,7 +474,7 @@ def train(model, splits, args, run_dir):
             step = epoch * steps_per_epoch + i
             torch.manual_seed((args.seed << 32) + step)
             photos, captions = pairs[i * args.batch_size:(i + 1) * args.batch_size].T   # (B,), (B,)
-            pixels = augment(split.take(photos, device))                                # (B, 3, S, S)
+            pixels = augment(split.take(photos, device), size)                          # (B, 3, S, S)
             ids = split.tokens(captions, device)                                        # (B, T)
             with autocast(device):
                 logits_per_image = model(pixels, ids)                                   # (B, B)
@@ -488,7 +492,7 @@ def train(model, splits, args, run_dir):
                 rate = (i + 1) * args.batch_size / (time.perf_counter() - start)
                 print(f"epoch {epoch + 1:3d}/{args.epochs}  step {step + 1:6d}/{steps}  loss {value:7.4f}  "
                       f"lr {group['lr']:.2e}  scale {scale:6.2f}  {rate:6,.0f} pairs/s  "
-                      f"ETA {timedelta(seconds=round((steps - step) * args.batch_size / rate))}", flush=True)
+                      f"ETA {(steps - step - 1) * args.batch_size / rate / 60:6.1f} min", flush=True)
         train_loss, row = total.item() / steps_per_epoch, evaluate(model, splits["val"])
         if not math.isfinite(train_loss + row["loss"]):
             raise InputError(f"the loss is not finite; {run_dir} keeps the last good checkpoint: start a new "
@@ -496,25 +500,23 @@ def train(model, splits, args, run_dir):
         seconds += time.perf_counter() - start
         history.append({"epoch": epoch + 1, "train_loss": train_loss, "lr": group["lr"], **row,
                         "logit_scale": model.logit_scale.exp().item(), "minutes": seconds / 60})
+        is_best = row["rsum"] > max((before["rsum"] for before in history[:-1]), default=-1)
         print(f"epoch {epoch + 1:3d}/{args.epochs}  train {train_loss:.4f}  val {describe(row)}"
-              f"{'  best' if rsum(row) > best['rsum'] else ''}", flush=True)
-        if rsum(row) > best["rsum"]:
-            weights = {name: tensor.to("cpu", copy=True) for name, tensor in trained_state(model).items()}
-            best = {"rsum": rsum(row), "epoch": epoch + 1, "model": weights}
+              f"{'  best' if is_best else ''}", flush=True)
+        if is_best:
+            best = {name: tensor.to("cpu", copy=True) for name, tensor in trained_state(model).items()}
         if epoch + 1 == args.epochs or cost <= SAVE_SHARE * (time.perf_counter() - saved):
             begin = time.perf_counter()
-            save_checkpoint(run_dir / "best.pt", **best)
-            save_checkpoint(run_dir / "last.pt", model=trained_state(model), optimizer=optimizer.state_dict(),
-                            history=history, seconds=seconds)
+            with data.atomic(run_dir / CHECKPOINT) as temporary:
+                torch.save({"last": trained_state(model), "best": best, "optimizer": optimizer.state_dict(),
+                            "history": history, "seconds": seconds}, temporary)
             saved, cost = time.perf_counter(), time.perf_counter() - begin
         with data.atomic(run_dir / "log.csv") as temporary:
             lines = [history[0].keys(), *(row.values() for row in history)]
             temporary.write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
     return history
 
-
 # --- What a run leaves behind ----------------------------------------------------------------------------
-
 
 def draw_curve(path, history, photos):
     """Loss with the line of chance on the left, recall over `photos` validation photos on the right."""
@@ -525,18 +527,16 @@ def draw_curve(path, history, photos):
     left.plot(epochs, [row["train_loss"] for row in history], "o-", ms=3, label="training, whole batch")
     left.plot(epochs, [row["loss"] for row in history], "o-", ms=3, label="validation, groups of 64")
     left.axhline(math.log(min(64, photos)), color="grey", ls=":", label="validation at chance")
-    left.set(xlabel="epoch", ylabel="contrastive loss", ylim=(0, None))
-    for way, words, style in (("t2i", "caption to photo", "-"), ("i2t", "photo to caption", "--")):
+    for name, words, style in (("t2i_r", "caption to photo", "-"), ("i2t_r", "photo to caption", "--")):
         for k, colour in ((10, "C2"), (5, "C1"), (1, "C0")):
-            recalls = [row[f"{way}_r{k}"] for row in history]
-            right.plot(epochs, recalls, style, color=colour, label=f"R@{k} {words}")
-    right.set(xlabel="epoch", ylabel=f"% of {photos:,} validation photos", ylim=(0, None))
-    for axes in (left, right):
+            recall = [row[f"{name}{k}"] for row in history]
+            right.plot(epochs, recall, style, color=colour, label=f"R@{k} {words}")
+    for axes, label in ((left, "contrastive loss"), (right, f"recall over {photos:,} photos, %")):
+        axes.set(xlabel="epoch", ylabel=label, ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     with data.atomic(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
-
 
 def draw_retrieval(path, model, split, queries=6, shown=6):
     """Captions from all over the split, each over the photos that it finds first, the right one framed."""
@@ -558,20 +558,17 @@ def draw_retrieval(path, model, split, queries=6, shown=6):
     with data.atomic(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png")
 
-
 # --- The command -----------------------------------------------------------------------------------------
 
 # `--data shapes` makes these the defaults: a small model for a small world.
 SHAPES = dict(model="tiny", tokenizer="train", epochs=9, batch_size=128, lr=1e-3, weight_decay=0.1)
 FREE = ("resume", "device", "compile", "out")               # flags that a resumed run may change
 
-
 class Parser(argparse.ArgumentParser):
     """Wrong flags end as all bad input does: in one line and exit code 2."""
 
     def error(self, message):
         raise InputError(f"{message}; --help lists the flags")
-
 
 def parse_args(argv):
     parser = Parser(description=f"Train CLIP from scratch. `--data shapes` changes the defaults to {SHAPES}.",
@@ -598,9 +595,8 @@ def parse_args(argv):
     if parser.parse_known_args(argv)[0].data == "shapes":
         parser.set_defaults(**SHAPES)
     args = parser.parse_args(argv)
-    limits = {"epochs": (1, 1e6), "batch_size": (2, 1e6), "lr": (0, 1e3), "weight_decay": (0, 1e3),
-              "warmup": (0, 1), "seed": (0, 1e9)}
-    for name, (low, high) in limits.items():
+    for name, low, high in (("epochs", 1, 1e6), ("batch_size", 2, 1e6), ("lr", 0, 1e3),
+                            ("weight_decay", 0, 1e3), ("warmup", 0, 1), ("seed", 0, 1e9)):
         if not low <= getattr(args, name) <= high:
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{flag} {getattr(args, name)} is not between {low} and {high:g}")
@@ -612,26 +608,21 @@ def parse_args(argv):
     args.out = args.out or Path("runs") / Path(args.data).resolve().name
     return args
 
-
 def open_run(config, tokenizer, args):
     """Makes the folder args.out, or checks that the run in it is this one: {"model": ..., "run": flags}."""
     flags = {name: str(value) for name, value in vars(args).items() if name not in FREE}
-    described, file = {"model": asdict(config), "run": flags}, args.out / "config.json"
-    if file.exists() and not args.resume:
-        raise InputError(f"{args.out} holds a run: --resume goes on with it, --out DIR starts another")
-    try:
-        before = json.loads(file.read_text()) if file.exists() else described
-        changed = [f"{name} was {before[part].get(name)}, now {value}" for part in described
-                   for name, value in described[part].items() if before[part].get(name) != value]
-    except (KeyError, AttributeError, json.JSONDecodeError) as error:
-        raise InputError(f"can't resume: {file} is damaged ({error})") from error
-    if changed:
-        raise InputError(f"{args.out} is another run ({'; '.join(changed)}): --out DIR starts a new one")
+    file = args.out / "config.json"
+    if file.exists():
+        if not args.resume:
+            raise InputError(f"{args.out} holds a run: --resume goes on with it, --out DIR starts another")
+        before = read_run(args.out)["run"]
+        changed = [f"{name} was {before.get(name)}" for name in flags if before.get(name) != flags[name]]
+        if changed:
+            raise InputError(f"{args.out} is another run ({', '.join(changed)}): --out DIR starts a new one")
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(args.out / "tokenizer")
     with data.atomic(file) as temporary:
-        temporary.write_text(json.dumps(described, indent=1))
-
+        temporary.write_text(json.dumps({"model": asdict(config), "run": flags}, indent=1))
 
 def print_start(model, splits, args):
     """The opening block: device, size, data, steps, and the losses of a model that knows nothing."""
@@ -643,26 +634,24 @@ def print_start(model, splits, args):
     print(f"model     vision {vision} + text {text} + projections = {everything} parameters")
     for name, split in splits.items():
         print(f"{name:10s}{len(split.photos):,} photos, {len(split.captions):,} captions")
-    steps = args.epochs * steps_per_epoch
-    print(f"training  {args.epochs} epochs, {steps:,} steps of {args.batch_size} pairs")
+    print(f"steps     {args.epochs * steps_per_epoch:,} of {args.batch_size} pairs in {args.epochs} epochs")
     print(f"chance    training loss ln {args.batch_size} = {math.log(args.batch_size):.3f}, "
           f"validation loss ln 64 = {math.log(64):.3f}", flush=True)
 
-
 def finish(model, splits, history, args):
     """The closing block: the last and the best epoch on photos that chose nothing. Then the figures."""
-    name = "test" if "test" in splits else "val"
-    for checkpoint, epoch in (("last", history[-1]["epoch"]), ("best", max(history, key=rsum)["epoch"])):
-        model.load_state_dict(load_checkpoint(args.out / f"{checkpoint}.pt")["model"], strict=False)
-        print(f"{checkpoint} epoch {epoch:3d}  {name} {describe(evaluate(model, splits[name]))}")
+    state, name = load_checkpoint(args.out), "test" if "test" in splits else "val"
+    epochs = {"last": history[-1]["epoch"], "best": max(history, key=lambda row: row["rsum"])["epoch"]}
+    for which, epoch in epochs.items():
+        model.load_state_dict(state[which], strict=False)
+        print(f"{which} epoch {epoch:3d}  {name} {describe(evaluate(model, splits[name]))}")
     draw_curve(args.out / "curve.png", history, len(splits["val"].photos))
     draw_retrieval(args.out / "retrieval.png", model, splits["val"])
     lowest, minutes = min(history, key=lambda row: row["loss"]), history[-1]["minutes"]
     rate = len(history) * len(splits["train"].photos) / minutes / 60
-    print(f"lowest    validation loss {lowest['loss']:.4f}, in epoch {lowest['epoch']}")
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if args.device.type == "cuda" else ""
+    print(f"lowest    validation loss {lowest['loss']:.4f}, in epoch {lowest['epoch']}")
     print(f"done      {minutes:.1f} minutes of training, {rate:,.0f} pairs/s{memory}: {args.out}")
-
 
 def run(args):
     torch.set_float32_matmul_precision("high")              # TF32 for what stays in fp32, where there is any
@@ -683,7 +672,6 @@ def run(args):
     history = train(model, splits, args, args.out)
     finish(model, splits, history, args)
 
-
 def main(argv=None):
     """The command. Returns its exit code."""
     try:
@@ -692,7 +680,6 @@ def main(argv=None):
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

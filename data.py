@@ -24,10 +24,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw, ImageOps
 
-
 class InputError(ValueError):
     """What the user gave can't be used. The message is one line: what is wrong, and what to do."""
-
 
 @contextmanager
 def atomic(path):
@@ -42,21 +40,17 @@ def atomic(path):
         shutil.rmtree(temporary, ignore_errors=True)        # where it is a folder
         temporary.unlink(missing_ok=True)
 
-
 # --- Captions --------------------------------------------------------------------------------------------
-
 
 def read_karpathy(text):
     """Karpathy's dataset_*.json: {"images": [{"filename", "split", "sentences": [{"raw"}, ...]}, ...]}."""
     return {image["filename"]: (image["split"], [sentence["raw"] for sentence in image["sentences"]])
             for image in json.loads(text)["images"]}
 
-
 def read_hub(text):
     """flickr_annotations_30k.csv of the hub's nlphuji/flickr30k, with columns raw (JSON), split, filename."""
     rows = csv.DictReader(text.splitlines(keepends=True))
     return {row["filename"]: (row["split"], json.loads(row["raw"])) for row in rows}
-
 
 def read_kaggle(text):
     """Kaggle's results.csv: lines `name.jpg| 0| caption`. One line of the published file has lost its second
@@ -69,7 +63,6 @@ def read_kaggle(text):
         captions.setdefault(row[1].strip(), (None, []))[1].append(row[2])
     return captions
 
-
 def read_flickr8k(text):
     """Flickr8k's captions.txt: a CSV with the header `image,caption`."""
     captions = {}
@@ -77,11 +70,9 @@ def read_flickr8k(text):
         captions.setdefault(row["image"], (None, []))[1].append(row["caption"])
     return captions
 
-
 # Karpathy's file also gives the published split, so it wins where there are several.
 READERS = {"dataset_*.json": read_karpathy, "flickr_annotations_30k.csv": read_hub,
            "results.csv": read_kaggle, "captions.txt": read_flickr8k}
-
 
 def read_captions(folder):
     """The captions file of a folder (or one folder deeper), read: (path, {name: (split, captions)}).
@@ -112,7 +103,6 @@ def read_captions(folder):
         raise InputError(f"{path} holds no captions")
     return path, captions
 
-
 def download(folder):
     """Fetches Flickr30k from the Hugging Face hub into `folder`, which appears whole or not at all. What an
     interrupted download has fetched stays in `<folder>.partial`, and the next one goes on from there."""
@@ -137,9 +127,7 @@ def download(folder):
     path.unlink()
     os.replace(partial, folder)
 
-
 # --- Photos ----------------------------------------------------------------------------------------------
-
 
 def load_photo(path, size):
     """A file to (size, size, 3) uint8: the shorter side resized to `size` with PIL's bicubic filter, then the
@@ -157,7 +145,6 @@ def load_photo(path, size):
     left, top = (width - size) // 2, (height - size) // 2
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
-
 def find_photos(captions_file, names):
     """{name: path} for photos beside the captions file or one folder deeper; where there is none, the path
     is one that doesn't exist."""
@@ -167,7 +154,6 @@ def find_photos(captions_file, names):
     folders = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
     paths = {entry.name: Path(entry.path) for place in reversed(folders) for entry in os.scandir(place)}
     return {name: paths.get(name, folder / name) for name in names}
-
 
 def build_store(store, photos, size):
     """Decodes photos {name: path} in parallel into `store`: size x size x 3 bytes each, in order, and the
@@ -198,7 +184,6 @@ def build_store(store, photos, size):
     if broken:
         print(f"warning: left out, missing or not to be read: {', '.join(broken)}", file=sys.stderr)
 
-
 def photo_store(photos, size, cache):
     """Photos {name: path} as (names, uint8 (N, size, size, 3)), memory-mapped. Reused as long as the names,
     the files' sizes and times and `size` are the same: their hash names the folder in `cache`."""
@@ -210,7 +195,6 @@ def photo_store(photos, size, cache):
     names = json.loads((store / "names.json").read_text())
     # mode "c": a private map. One that can't be written makes torch warn.
     return names, np.memmap(store / "photos.uint8", np.uint8, mode="c", shape=(len(names), size, size, 3))
-
 
 # --- Two drawn worlds ------------------------------------------------------------------------------------
 
@@ -233,10 +217,9 @@ WHERE = {(-1, 0): "left of", (1, 0): "right of", (0, -1): "above", (0, 1): "belo
 # `sketches` is the same world in outlines, on other backgrounds and in other words.
 SKETCH_GROUNDS = {"white": (255, 225, 190), "grey": (150, 190, 160), "black": (50, 30, 70)}
 SKETCH_WORDS = {"white": "peach", "grey": "sage", "black": "plum", "small": "tiny", "large": "big",
-                "red": "scarlet", "green": "emerald", "blue": "azure", "yellow": "golden", "cyan": "turquoise",
-                "circle": "disc", "square": "box", "triangle": "wedge", "cross": "plus", "ring": "hoop",
-                "top": "upper", "bottom": "lower", "background": "paper"}
-
+                "red": "scarlet", "green": "emerald", "blue": "azure", "yellow": "golden", "purple": "violet",
+                "cyan": "turquoise", "circle": "disc", "square": "box", "triangle": "wedge", "cross": "plus",
+                "ring": "hoop", "top": "upper", "bottom": "lower", "background": "paper"}
 
 @cache
 def all_scenes(seed):
@@ -247,7 +230,6 @@ def all_scenes(seed):
               for place_a, place_b in itertools.combinations(PLACES, 2) for ground in GROUNDS]
     random.Random(seed).shuffle(scenes)
     return scenes
-
 
 def draw(scene, side, rng, sketch=False):
     """A scene as (side, side, 3) uint8, each object shaken a little by `rng`. Drawn four times as large and
@@ -275,7 +257,6 @@ def draw(scene, side, rng, sketch=False):
             image.paste(COLOURS[colour], mask=ImageChops.subtract(mask, inside))
     return np.asarray(image.reduce(4))
 
-
 def describe(scene, rng, sketch=False):
     """Five captions of a scene, its objects in an order that `rng` draws. All of them are complete: they name
     both objects, the background, and two places or a place and a relation, which says as much."""
@@ -291,7 +272,6 @@ def describe(scene, rng, sketch=False):
         captions.append(" ".join(SKETCH_WORDS.get(word, word) if sketch else word for word in words))
     return captions
 
-
 def load_drawn(sizes, side, sketch=False, seed=0):
     """Splits of a drawn world, `side` pixels large: sizes {split: number of scenes}. Returns for each split
     (names, photos, sentences of each). Scene i is what (seed, i) says, whatever the sizes."""
@@ -306,9 +286,7 @@ def load_drawn(sizes, side, sketch=False, seed=0):
         splits[split] = names, np.stack(photos), sentences
     return splits
 
-
 # --- Tokenizer -------------------------------------------------------------------------------------------
-
 
 def train_tokenizer(captions, vocab_size=8192):
     """A CLIP tokenizer for these captions, made as OpenAI made theirs: 256 bytes, 256 that end a word, the
@@ -317,14 +295,13 @@ def train_tokenizer(captions, vocab_size=8192):
     from transformers import CLIPTokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     blank = CLIPTokenizer().backend_tokenizer
-    letters = [*alphabet, *(byte + "</w>" for byte in alphabet)]    # given, so that ties always fall alike
+    letters = [*alphabet, *(byte + "</w>" for byte in alphabet)]    # given, so that ties fall alike each time
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, special_tokens=letters, show_progress=False,
                                   end_of_word_suffix="</w>")
     blank.train_from_iterator(captions, trainer)
     merges = list(map(tuple, json.loads(blank.to_str())["model"]["merges"]))
     tokens = [*letters, *("".join(merge) for merge in merges), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges=merges)
-
 
 def load_tokenizer(name):
     """A CLIPTokenizer from the hub or a folder. Raises InputError where there is none."""
@@ -337,16 +314,13 @@ def load_tokenizer(name):
         raise InputError(f"no tokenizer {name}: give a hub name, a folder with vocab.json and merges.txt, or "
                          f"`train` to make one from the captions ({type(error).__name__})") from error
 
-
 def tokenize(tokenizer, captions, context=77):
     """Captions to int32 ids (len(captions), context). Longer ones are cut, and keep their end token: that is
     where the model reads the caption's embedding (openai/CLIP #212)."""
     ids = tokenizer(captions, padding="max_length", truncation=True, max_length=context)["input_ids"]
     return torch.tensor(ids, dtype=torch.int32)
 
-
 # --- Splits and batches ----------------------------------------------------------------------------------
-
 
 @dataclass
 class Split:
@@ -384,7 +358,6 @@ class Split:
         end = (ids == ids.amax(dim=1, keepdim=True)).int().argmax(dim=1)
         return ids[:, :-(-(int(end.max()) + 1) // 8) * 8].to(device, non_blocking=True)
 
-
 def make_split(names, photos, sentences, tokenizer, context):
     """A Split of photos (N, S, S, 3) uint8, with for each of them the list of its sentences."""
     owner = np.repeat(np.arange(len(names)), [len(own) for own in sentences])
@@ -392,15 +365,13 @@ def make_split(names, photos, sentences, tokenizer, context):
     return Split(torch.from_numpy(photos), names, captions, torch.from_numpy(owner),
                  tokenize(tokenizer, captions, context))
 
-
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)   # of OpenAI's photos
 
-
-def normalize(photos):
-    """uint8 (B, S, S, 3) to the (B, 3, S, S) float that the model takes, each channel about N(0, 1)."""
+def normalize(photos, size=None):
+    """uint8 (B, S, S, 3) to the (B, 3, S, S) float that the model takes, each channel about N(0, 1). `size`
+    does nothing: with it, this stands where `augment` can."""
     mean, std = (torch.tensor(values, device=photos.device) for values in (MEAN, STD))
     return ((photos / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
-
 
 def augment(photos, size, scale=(0.4, 1.0), ratio=(3 / 4, 4 / 3)):
     """uint8 (B, S, S, 3) to normalised (B, 3, size, size): a random crop of `scale` of the area with sides in
@@ -417,7 +388,6 @@ def augment(photos, size, scale=(0.4, 1.0), ratio=(3 / 4, 4 / 3)):
     grid = F.affine_grid(theta, (B, 3, size, size), align_corners=False)
     return F.grid_sample(normalize(photos), grid, padding_mode="border", align_corners=False)
 
-
 def load_flickr(folder, image_size, cache):
     """Splits of a folder with photos and captions: for each split (names, photos, sentences of each)."""
     captions_file, captions = read_captions(folder)
@@ -432,7 +402,6 @@ def load_flickr(folder, image_size, cache):
         elif split != "test":
             raise InputError(f"{captions_file} has no {split} photos")
     return splits
-
 
 def load(name, tokenizer, image_size, context=77, cache="cache"):
     """({"train", "val" and perhaps "test": Split}, tokenizer) of the data `name`: "shapes", "sketches" or a

@@ -3,6 +3,7 @@
 Expected values never come from the code under test: they are those of Hugging Face's CLIPModel, of a formula
 written out, or worked out by hand. SLOW=1 adds what takes long.
 """
+import copy
 import csv
 import http.server
 import json
@@ -11,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import zipfile
 from dataclasses import replace
@@ -22,21 +24,22 @@ import torch
 import torch.nn.functional as F
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")    # what isn't here is missing at once, not after many tries
+import peft
 import transformers
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers.activations import ACT2FN
 
 import clip
 import data
+import lora
 from clip import CLIP, CLIPConfig, PRESETS, TowerConfig, contrastive_loss, recall_at_k
 
 slow = pytest.mark.skipif(os.environ.get("SLOW") != "1", reason="takes long: set SLOW=1")
 
-
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
 
 def difference(a, b):
     """The largest absolute difference of two tensors, or of two dicts of them; NaN where there is one."""
@@ -47,7 +50,6 @@ def difference(a, b):
     print(f"largest difference {gaps.max():.1e} {list(a)[gaps.argmax()]}")
     return gaps.max().item()
 
-
 # --- The model -------------------------------------------------------------------------------------------
 
 # No two widths are equal, so that none can be taken for another, and the end token hasn't the largest id.
@@ -57,7 +59,6 @@ SMALL = CLIPConfig(vision=TowerConfig(48, 3, 4, 96), text=TowerConfig(32, 2, 2, 
 
 both_text_towers = pytest.mark.parametrize("causal", [False, True], ids=["bert", "causal"])
 
-
 @torch.no_grad()
 def shaken(model, noise=0.1):
     """Noise on every parameter: biases of 0, norms of 1 and embeddings of 0.02 would hide many a mistake."""
@@ -65,14 +66,11 @@ def shaken(model, noise=0.1):
         parameter.add_(noise * torch.randn_like(parameter))
     return model
 
-
 def small_model(**changes):
     return shaken(CLIP(replace(SMALL, **changes)))
 
-
 def before(lengths, width):
     return torch.arange(width) < torch.tensor(lengths)[:, None]
-
 
 def captions(lengths, width, config=SMALL):
     """Random words, the end token in place `lengths` - 1, and behind it the end token again as padding."""
@@ -80,16 +78,13 @@ def captions(lengths, width, config=SMALL):
     ids[ids == config.eos_token_id] = 0
     return ids.where(before([length - 1 for length in lengths], width), config.eos_token_id)
 
-
 def photos(count, config=SMALL):
     return torch.randn(count, 3, config.image_size, config.image_size)
-
 
 def another_word(ids, position):
     ids = ids.clone()
     ids[:, position] = (ids[:, position] + 1) % SMALL.eos_token_id
     return ids
-
 
 def test_vit_b_16_has_the_149_620_737_parameters_of_the_released_model():
     with torch.device("meta"):
@@ -97,7 +92,6 @@ def test_vit_b_16_has_the_149_620_737_parameters_of_the_released_model():
     assert sum(parameter.numel() for parameter in model.parameters()) == 149_620_737
     assert sum(parameter.numel() for parameter in model.vision_model.parameters()) == 85_799_424
     assert sum(parameter.numel() for parameter in model.text_model.parameters()) == 63_165_952
-
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_is_the_softmax_formula(masked):
@@ -112,7 +106,6 @@ def test_attention_is_the_softmax_formula(masked):
     expected = torch.cat(heads, -1) @ attention.out_proj.weight.T + attention.out_proj.bias
     assert difference(attention(x, mask if masked else None), expected) < 1e-6
 
-
 def test_a_masked_token_has_no_influence_at_all():
     attention, x = shaken(clip.Attention(TowerConfig(12, 1, 3, 24))), torch.randn(2, 5, 12)
     mask, others = torch.tensor([[True, True, True, False, True]]), [0, 1, 2, 4]
@@ -121,11 +114,9 @@ def test_a_masked_token_has_no_influence_at_all():
     assert difference(attention(x)[:, others], attention(changed)[:, others]) > 0.1
     assert difference(attention(x, mask)[:, others], attention(changed, mask)[:, others]) == 0
 
-
 def test_quick_gelu_is_that_of_transformers():
     x = torch.linspace(-10, 10, 1001)
-    assert difference(clip.QuickGELU()(x), ACT2FN["quick_gelu"](x)) < 1e-6
-
+    assert difference(clip.quick_gelu(x), ACT2FN["quick_gelu"](x)) < 1e-6
 
 def test_hidden_act_decides_the_activation_of_both_towers():
     quick, exact = small_model(hidden_act="quick_gelu"), small_model(hidden_act="gelu")
@@ -134,13 +125,11 @@ def test_hidden_act_decides_the_activation_of_both_towers():
     assert difference(quick.encode_image(pixels), exact.encode_image(pixels)) > 1e-4
     assert difference(quick.encode_text(ids), exact.encode_text(ids)) > 1e-4
 
-
 def test_the_patch_embedding_is_the_convolution_it_is_stored_as():
     embeddings, pixels = small_model().vision_model.embeddings, photos(2)
     patches = F.conv2d(pixels, embeddings.patch_embedding.weight, stride=8).flatten(2).transpose(1, 2)
     expected = torch.cat([embeddings.class_embedding.expand(2, 1, 48), patches], 1)
     assert difference(embeddings(pixels), expected + embeddings.position_embedding.weight) < 1e-5
-
 
 # Equal to Hugging Face's
 
@@ -148,7 +137,6 @@ OPENAI_SMALL, OPENAI_B_16 = (replace(config, causal=True, hidden_act="quick_gelu
                              for config in (SMALL, PRESETS["ViT-B/16"]))
 GELU_SMALL = replace(SMALL, causal=True, hidden_act="gelu")
 small_sizes = pytest.mark.parametrize("config", [OPENAI_SMALL, GELU_SMALL], ids=["quick_gelu", "gelu"])
-
 
 def hugging_face(config):
     """transformers' CLIPModel of the same size, with attention in plain matrix products."""
@@ -158,7 +146,6 @@ def hugging_face(config):
     return transformers.CLIPModel(transformers.CLIPConfig(
         vision_config=vars(config.vision) | vision | both, text_config=vars(config.text) | text | both,
         projection_dim=config.projection_dim, attn_implementation="eager"))
-
 
 def both_models(config):
     """Ours and theirs with the same weights, our inputs, and the same inputs under their names."""
@@ -172,23 +159,22 @@ def both_models(config):
     return ours, theirs, (pixels, ids), dict(pixel_values=pixels, input_ids=ids, return_loss=True,
                                              attention_mask=before(lengths, T).long())
 
-
 def keep_outputs(model):
     """A dict that `model`, once run, has filled with what each module gave."""
     outputs = {}
     for name, module in model.named_modules():
+        if "activation_fn" in name:                         # a function in our MLP, a module in theirs
+            continue
         if ".layers." in name or name.endswith(("embeddings", "norm", "_projection")):
             def hook(module, inputs, output, name=name):
                 outputs[name] = output[0] if isinstance(output, tuple) else output
             module.register_forward_hook(hook)
     return outputs
 
-
 def test_a_released_state_dict_fits_with_nothing_renamed():
     with torch.device("meta"):
         ours, theirs = CLIP(OPENAI_B_16).state_dict(), hugging_face(OPENAI_B_16).state_dict()
     assert {name: x.shape for name, x in ours.items()} == {name: x.shape for name, x in theirs.items()}
-
 
 @small_sizes
 def test_every_hidden_state_equals_hugging_faces(config):
@@ -200,9 +186,8 @@ def test_every_hidden_state_equals_hugging_faces(config):
     real = their_inputs["attention_mask"].bool()
     for name in [name for name in outputs if name.startswith("text_model")]:
         outputs[name], expected[name] = outputs[name][real], expected[name][real]
-    assert len(outputs) == 12 * 5 + 7       # 12 modules in each of the 5 blocks, and 7 around them
+    assert len(outputs) == 11 * 5 + 7       # 11 modules in each of the 5 blocks, and 7 around them
     assert difference(outputs, expected) < 1e-5
-
 
 @pytest.mark.parametrize("config", [OPENAI_SMALL, GELU_SMALL, pytest.param(OPENAI_B_16, marks=slow)],
                          ids=["quick_gelu", "gelu", "ViT-B/16"])
@@ -219,7 +204,6 @@ def test_pooled_outputs_embeddings_logits_and_loss_equal_hugging_faces(config):
          "text": expected.text_embeds, "per image": expected.logits_per_image,
          "per text": expected.logits_per_text, "loss": expected.loss}) < 1e-5
 
-
 @small_sizes
 def test_the_gradient_of_every_parameter_equals_hugging_faces(config):
     ours, theirs, inputs, their_inputs = both_models(config)
@@ -231,7 +215,6 @@ def test_the_gradient_of_every_parameter_equals_hugging_faces(config):
     assert all(x.abs().max() > 1e-3 for name, x in gradients.items() if "k_proj.bias" not in name)
     assert difference(gradients, expected) < 1e-5
 
-
 def test_a_bert_tower_is_hugging_faces_without_a_mask_on_each_caption_alone():
     ours, theirs, (_, ids), their_inputs = both_models(replace(SMALL, causal=False))
     expected = []
@@ -241,16 +224,13 @@ def test_a_bert_tower_is_hugging_faces_without_a_mask_on_each_caption_alone():
         expected.append(theirs.text_model.final_layer_norm(x)[0, -1])
     assert difference(ours.text_model(ids), torch.stack(expected)) < 1e-5
 
-
 # Padding and the end token
-
 
 def words_of(model, ids):
     """What the text tower makes of each token, (B, T, C)."""
     outputs = keep_outputs(model)
     model.encode_text(ids)
     return outputs["text_model.final_layer_norm"]
-
 
 @both_text_towers
 def test_padding_never_changes_an_embedding(causal):
@@ -259,13 +239,11 @@ def test_padding_never_changes_an_embedding(causal):
     assert difference(model.encode_text(ids[:, :9]), expected) < 1e-6
     assert difference(model.encode_text(ids), expected) < 1e-6
 
-
 @both_text_towers
 def test_nothing_after_the_end_token_matters(causal):
     model, ids = small_model(causal=causal), captions([3, 6, 9], 16)
     garbage = ids.where(before([3, 6, 9], 16), torch.randint(100, (3, 16)))
     assert difference(model.encode_text(garbage), model.encode_text(ids)) < 1e-6
-
 
 @both_text_towers
 def test_every_word_before_the_end_token_matters(causal):
@@ -273,27 +251,22 @@ def test_every_word_before_the_end_token_matters(causal):
     for position in range(8):
         assert difference(model.encode_text(another_word(ids, position)), model.encode_text(ids)) > 1e-2
 
-
 @both_text_towers
 def test_a_caption_is_read_at_its_first_end_token(causal):
     model, ids = small_model(causal=causal), captions([2, 7, 16], 16)
     assert difference(model.text_model(ids), words_of(model, ids)[[0, 1, 2], [1, 6, 15]]) == 0
-
 
 def test_in_a_bert_tower_every_word_sees_the_last():
     model, ids = small_model(causal=False), captions([9], 16)
     words, changed = words_of(model, ids), words_of(model, another_word(ids, 7))
     assert all(difference(words[:, position], changed[:, position]) > 1e-2 for position in range(8))
 
-
 def test_in_a_causal_tower_no_word_sees_a_later_one():
     model, ids = small_model(causal=True), captions([9], 16)
     words, changed = words_of(model, ids), words_of(model, another_word(ids, 7))
     assert difference(words[:, :7], changed[:, :7]) == 0
 
-
 # Embeddings, logits, starting values
-
 
 def test_embeddings_are_unit_vectors_in_fp32_even_under_autocast():
     model, pixels, ids = small_model(), photos(2), captions([4, 9], 12)
@@ -303,7 +276,6 @@ def test_embeddings_are_unit_vectors_in_fp32_even_under_autocast():
                 assert embeds.shape == (2, 24) and embeds.dtype == torch.float32
                 assert difference(embeds.square().sum(-1), torch.ones(2)) < 1e-6
 
-
 def test_logits_are_the_scale_times_the_cosines_with_photos_in_rows():
     model, pixels, ids = small_model(), photos(3), captions([4, 9, 2], 12)
     images = model.visual_projection(model.vision_model(pixels)).detach()
@@ -311,19 +283,16 @@ def test_logits_are_the_scale_times_the_cosines_with_photos_in_rows():
     cosines = [[i @ t / (i @ i).sqrt() / (t @ t).sqrt() for t in texts] for i in images]
     assert difference(model(pixels, ids), model.logit_scale.exp() * torch.tensor(cosines)) < 1e-5
 
-
 def test_autocast_does_not_round_the_logits():
     model, images, texts = small_model(), torch.randn(6, 24), torch.randn(5, 24)
     expected = model.similarity(images, texts)
     with torch.autocast("cpu", torch.bfloat16):
         assert difference(model.similarity(images, texts), expected) == 0
 
-
 def test_the_logits_start_at_a_scale_of_14_29_and_not_1_07():
     scale = CLIP(SMALL).logit_scale.detach()
     assert difference(scale, torch.tensor(2.6593)) < 1e-4
     assert difference(scale.exp(), torch.tensor(1 / 0.07)) < 1e-4
-
 
 def test_every_parameter_starts_at_the_scale_of_openai():
     std = {"visual_projection.weight": 48 ** -0.5, "text_projection.weight": 32 ** -0.5,
@@ -351,9 +320,7 @@ def test_every_parameter_starts_at_the_scale_of_openai():
         elif name != "logit_scale":
             assert (parameter == (0 if name.endswith("bias") else 1)).all(), name
 
-
 # The loss
-
 
 def test_the_loss_is_the_mean_of_both_cross_entropies():
     logits = 5 * torch.randn(7, 7, dtype=torch.float64)
@@ -363,23 +330,19 @@ def test_the_loss_is_the_mean_of_both_cross_entropies():
         total += math.log(sum(math.exp(logits[j, i]) for j in range(7))) - logits[i, i]
     assert difference(contrastive_loss(logits), total / 14) < 1e-6
 
-
 @pytest.mark.parametrize("logits, loss", [(100 * torch.eye(128), 0.0), (torch.ones(128, 128), 4.8520303)],
                          ids=["perfect", "equal"])
 def test_the_loss_of_perfect_logits_is_zero_and_of_equal_ones_ln_b(logits, loss):
     assert difference(contrastive_loss(logits), torch.tensor(loss)) < 1e-6
 
-
 def test_the_loss_treats_photos_and_captions_alike():
     logits = 5 * torch.randn(7, 7)
     assert difference(contrastive_loss(logits), contrastive_loss(logits.T)) < 1e-6
-
 
 def test_the_loss_of_bf16_logits_is_computed_in_fp32():
     logits = (5 * torch.randn(7, 7)).bfloat16()
     assert contrastive_loss(logits).dtype == torch.float32
     assert difference(contrastive_loss(logits), contrastive_loss(logits.float())) == 0
-
 
 def test_the_gradient_of_the_loss_is_softmax_minus_identity():
     logits = (5 * torch.randn(7, 7)).requires_grad_()
@@ -388,16 +351,14 @@ def test_the_gradient_of_the_loss_is_softmax_minus_identity():
     softmaxes = odds / odds.sum(1, keepdim=True) + odds / odds.sum(0, keepdim=True)
     assert difference(logits.grad, softmaxes / 14 - torch.eye(7) / 7) < 1e-6
 
-
 # Recall
 
 FIVE_EACH = torch.arange(40).repeat_interleave(5)
 UNEVEN = torch.cat([torch.arange(40), torch.arange(60) ** 2 % 40])      # 1 to 13 each, in no order
 
-
 def recall(text_to_image, image_to_text):
-    return {"text_to_image": pytest.approx(text_to_image), "image_to_text": pytest.approx(image_to_text)}
-
+    return pytest.approx({**{f"t2i_r{k}": value for k, value in text_to_image.items()},
+                          **{f"i2t_r{k}": value for k, value in image_to_text.items()}})
 
 def test_recall_worked_out_by_hand():
     similarity = torch.tensor([[0.9, 0.1, 0.1, 0.1, 0.1, 0.5, 0.5, 0.5, 0.5, 0.5],
@@ -405,7 +366,6 @@ def test_recall_worked_out_by_hand():
     # Captions 0 and 5 find their photo. Photo 0 finds its caption 0, and so does photo 1, before its own 5.
     assert (recall_at_k(similarity, torch.tensor([0] * 5 + [1] * 5), ks=(1, 2))
             == recall({1: 0.2, 2: 1}, {1: 0.5, 2: 1}))
-
 
 @pytest.mark.parametrize("owner", [FIVE_EACH, UNEVEN], ids=["five captions each", "uneven"])
 def test_recall_is_that_by_sorting(owner):
@@ -416,12 +376,10 @@ def test_recall_is_that_by_sorting(owner):
         {k: sum(owner[c] in best_photos[:k, c] for c in range(C)) / C for k in ks},
         {k: sum(p in owner[best_captions[p, :k]] for p in range(40)) / 40 for k in ks})
 
-
 @pytest.mark.parametrize("value", [0.0, torch.nan])
 def test_a_constant_similarity_scores_nothing(value):
     nothing = {1: 0, 5: 0, 10: 0}
     assert recall_at_k(torch.full((40, 200), value), FIVE_EACH) == recall(nothing, nothing)
-
 
 @pytest.mark.parametrize("value", [1.0, torch.nan])
 def test_a_tie_or_a_nan_counts_as_a_miss(value):
@@ -430,6 +388,305 @@ def test_a_tie_or_a_nan_counts_as_a_miss(value):
     assert (recall_at_k(similarity, FIVE_EACH, ks=(1, 2))
             == recall({1: 199 / 200, 2: 1}, {1: 39 / 40, 2: 1}))
 
+# --- Released weights ------------------------------------------------------------------------------------
+
+SIZES = {"patch 8": {}, "patch 20": dict(patch_size=20), "legacy end token": dict(vocab_size=90, eos_token_id=89),
+         "wider": dict(vision=TowerConfig(96, 4, 6, 192), projection_dim=40, image_size=56, patch_size=14)}
+
+def released_folder(folder, config):
+    """A Hugging Face folder with random weights, its model, and our inputs for it."""
+    theirs = shaken(hugging_face(config)).eval()
+    theirs.save_pretrained(folder)
+    data.train_tokenizer(["a b c"]).save_pretrained(folder)
+    return theirs, (photos(4, config), captions([2, 5, 9, 16], 16, config))
+
+@torch.no_grad()
+def their_logits(theirs, pixels, ids):
+    return theirs(pixel_values=pixels, input_ids=ids).logits_per_image
+
+@pytest.mark.parametrize("changes", SIZES.values(), ids=SIZES)
+@torch.no_grad()
+def test_released_weights_give_the_logits_that_transformers_gives(changes, tmp_path):
+    config = replace(OPENAI_SMALL, **changes)
+    theirs, inputs = released_folder(tmp_path, config)
+    if "eos_token_id" in changes:
+        described = json.loads((tmp_path / "config.json").read_text())
+        described["text_config"]["eos_token_id"] = 2        # what OpenAI's released configurations say
+        (tmp_path / "config.json").write_text(json.dumps(described))
+        theirs = transformers.CLIPModel.from_pretrained(tmp_path)
+    ours = CLIP.from_pretrained(tmp_path)
+    assert ours.config == config
+    assert difference(ours(*inputs), their_logits(theirs, *inputs)) < 1e-5
+
+def test_what_we_save_transformers_opens_and_gives_the_same_logits(tmp_path):
+    theirs, inputs = released_folder(tmp_path / "theirs", OPENAI_SMALL)
+    ours = CLIP.from_pretrained(tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "ours")
+    again = transformers.CLIPModel.from_pretrained(tmp_path / "ours").eval()
+    assert difference(their_logits(again, *inputs), their_logits(theirs, *inputs)) < 1e-5
+    assert CLIP.from_pretrained(tmp_path / "ours").config == OPENAI_SMALL
+    processor = transformers.CLIPProcessor.from_pretrained(tmp_path / "ours")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8))
+    image.save(tmp_path / "a.png")
+    batch = processor(text=["a b c"], images=image, return_tensors="pt")
+    ids = data.tokenize(data.load_tokenizer(tmp_path / "theirs"), ["a b c"], 16)[0]
+    assert batch["input_ids"][0].tolist() == ids[:5].tolist()
+    pixels = data.normalize(torch.tensor(data.load_photo(tmp_path / "a.png", 40))[None])
+    assert difference(batch["pixel_values"], pixels) < 1e-5
+
+def test_a_run_of_clip_py_is_a_base_as_well(monkeypatch, tmp_path):
+    assert train_shapes(monkeypatch, tmp_path, "--text", "causal") == 0
+    ours, again = CLIP.load("runs/shapes"), CLIP.from_pretrained("runs/shapes")
+    assert difference(ours.state_dict(), again.state_dict()) == 0
+    ours.save_pretrained("exported")
+    inputs = photos(3, ours.config), captions([2, 5, 9], 16, ours.config)
+    theirs = transformers.CLIPModel.from_pretrained("exported").eval()
+    with torch.no_grad():
+        assert difference(ours(*inputs), their_logits(theirs, *inputs)) < 1e-5
+
+def test_a_bert_tower_is_refused_by_save_pretrained(tmp_path):
+    with pytest.raises(data.InputError, match="no BERT-style text tower"):
+        small_model(causal=False).save_pretrained(tmp_path / "out", data.train_tokenizer(["a"]))
+    assert not (tmp_path / "out").exists()
+
+def without_a_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["visual_projection.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+def with_a_tensor_too_many(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["vision_model.adapter.weight"] = torch.zeros(3)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+def with_another_shape(folder):
+    described = json.loads((folder / "config.json").read_text())
+    described["vision_config"]["intermediate_size"] = 100
+    (folder / "config.json").write_text(json.dumps(described))
+
+def cut_short(folder):
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
+
+@pytest.mark.parametrize("damage", [without_a_tensor, with_a_tensor_too_many, with_another_shape, cut_short])
+def test_a_checkpoint_that_is_not_one_whole_clip_is_refused(damage, tmp_path):
+    released_folder(tmp_path, OPENAI_SMALL)
+    damage(tmp_path)
+    with pytest.raises(data.InputError, match="is not one whole CLIP|no CLIP in") as error:
+        CLIP.from_pretrained(tmp_path)
+    assert len(str(error.value).splitlines()) == 1
+
+def test_openais_released_weights_give_the_logits_that_transformers_gives():
+    try:
+        theirs = transformers.CLIPModel.from_pretrained("openai/clip-vit-base-patch16", local_files_only=True)
+    except OSError:
+        pytest.skip("openai/clip-vit-base-patch16 is not in the hub's cache here")
+    ours, ids = CLIP.from_pretrained("openai/clip-vit-base-patch16"), captions([5, 9], 16, OPENAI_B_16)
+    pixels = photos(2, OPENAI_B_16)
+    with torch.no_grad():
+        assert difference(ours(pixels, ids), their_logits(theirs.eval(), pixels, ids)) < 1e-4
+
+# --- LoRA ------------------------------------------------------------------------------------------------
+
+QKV = ["q_proj", "k_proj", "v_proj"]
+
+def lora_pair(r=4, alpha=8, dropout=0.0, use_rslora=False, targets=QKV):
+    """CLIPModel twice with the same weights: adapted by us, and by peft, with the same random A and B."""
+    ours = shaken(hugging_face(OPENAI_SMALL)).eval()
+    theirs = peft.get_peft_model(copy.deepcopy(ours), peft.LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, use_rslora=use_rslora)).eval()
+    lora.add_lora(ours, r, alpha, dropout, targets, use_rslora)
+    ours.eval()
+    for name, parameter in ours.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+            theirs.base_model.model.get_parameter(f"{name}.default.weight").data.copy_(parameter)
+    return ours, theirs, dict(pixel_values=photos(4), input_ids=captions([3, 5, 9, 16], 16), return_loss=True)
+
+def lora_gradients(model):
+    return {name.replace(".default.weight", "").replace("base_model.model.", ""): parameter.grad
+            for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+def lora_weights(model):
+    return {name.replace(".default.weight", "").replace("base_model.model.", ""): parameter.detach()
+            for name, parameter in model.named_parameters() if "lora_" in name}
+
+@pytest.mark.parametrize("use_rslora", [False, True], ids=["alpha / r", "rslora"])
+def test_lora_outputs_and_gradients_equal_pefts(use_rslora):
+    ours, theirs, inputs = lora_pair(use_rslora=use_rslora)
+    a, b = ours(**inputs), theirs(**inputs)
+    assert difference(a.logits_per_image, b.logits_per_image) < 1e-6
+    a.loss.backward()
+    b.loss.backward()
+    assert len(lora_gradients(ours)) == 2 * 3 * 5
+    assert difference(lora_gradients(ours), lora_gradients(theirs)) < 1e-6
+
+def test_lora_dropout_is_pefts():
+    ours, theirs, inputs = lora_pair(dropout=0.3)
+    losses = []
+    for model in (ours.train(), theirs.train()):
+        torch.manual_seed(1)
+        losses.append(model(**inputs).loss)
+    assert difference(*losses) < 1e-6
+    assert difference(losses[0], ours.eval()(**inputs).loss) > 1e-3
+
+def test_twenty_steps_of_adamw_leave_the_same_a_and_b_as_peft():
+    ours, theirs, inputs = lora_pair()
+    for model in (ours, theirs):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        for _ in range(20):
+            optimizer.zero_grad()
+            model(**inputs).loss.backward()
+            optimizer.step()
+    start = lora_pair()[0]
+    assert difference(lora_weights(ours), lora_weights(start)) > 1e-2
+    assert difference(lora_weights(ours), lora_weights(theirs)) < 1e-5
+
+@torch.no_grad()
+def test_merged_equals_unmerged_and_pefts_merge_and_unload():
+    ours, theirs, inputs = lora_pair()
+    base = {name: p.clone() for name, p in ours.state_dict().items()}
+    unmerged = ours(**inputs).logits_per_image
+    lora.merge(ours)
+    assert difference(ours(**inputs).logits_per_image, unmerged) < 1e-5
+    theirs = theirs.merge_and_unload()
+    assert difference(ours(**inputs).logits_per_image, theirs(**inputs).logits_per_image) < 1e-5
+    lora.unmerge(ours)
+    assert difference(ours.state_dict(), base) < 1e-6
+    assert difference(ours(**inputs).logits_per_image, unmerged) < 1e-5
+
+@pytest.mark.parametrize("targets", [QKV, ["vision_model.encoder.layers.1.mlp.fc1", "text_projection"]],
+                         ids=["everywhere", "two modules"])
+@torch.no_grad()
+def test_an_adapter_saved_here_opens_in_peft_and_gives_the_same_logits(targets, tmp_path):
+    ours, _, inputs = lora_pair(targets=targets)
+    lora.save_adapter(ours, tmp_path, "somebody/clip")
+    base = copy.deepcopy(ours)
+    lora.set_strength(base, 0.0)
+    plain = hugging_face(OPENAI_SMALL).eval()
+    plain.load_state_dict({name: p for name, p in ours.state_dict().items() if "lora_" not in name})
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path).eval()
+    assert len(lora_weights(theirs)) == len(lora_weights(ours))
+    assert difference(theirs(**inputs).logits_per_image, ours(**inputs).logits_per_image) < 1e-6
+    assert difference(base(**inputs).logits_per_image, ours(**inputs).logits_per_image) > 1e-3
+
+@pytest.mark.parametrize("use_rslora", [False, True], ids=["alpha / r", "rslora"])
+@torch.no_grad()
+def test_an_adapter_saved_by_peft_opens_here_in_our_clip_too(use_rslora, tmp_path):
+    _, theirs, inputs = lora_pair(use_rslora=use_rslora)
+    theirs.save_pretrained(tmp_path)
+    expected = theirs(**inputs).logits_per_image
+    plain = theirs.unload()
+    ours = CLIP(OPENAI_SMALL).eval()
+    ours.load_state_dict(plain.state_dict())
+    assert difference(ours(inputs["pixel_values"], inputs["input_ids"]), expected) > 1e-3
+    for model in (plain, ours):
+        lora.load_adapter(model, tmp_path)
+    assert difference(plain.eval()(**inputs).logits_per_image, expected) < 1e-6
+    assert difference(ours.eval()(inputs["pixel_values"], inputs["input_ids"]), expected) < 1e-5
+
+@pytest.mark.parametrize("r, trainable", [(64, 5_898_240), (8, 737_280)])
+def test_the_study_trains_379_percent_at_r_64(r, trainable):
+    with torch.device("meta"):
+        model = CLIP(OPENAI_B_16)
+        assert lora.add_lora(model, r, 2 * r) == 72
+    assert lora.trainable_parameters(model) == (trainable, 149_620_737 + trainable)
+    assert r != 64 or round(100 * trainable / (149_620_737 + trainable), 2) == 3.79
+
+@torch.no_grad()
+def test_a_new_adapter_changes_nothing_exactly():
+    model, pixels, ids = small_model(), photos(3), captions([3, 5, 9], 16)
+    expected = model(pixels, ids)
+    lora.add_lora(model, 4, 8)
+    assert difference(model(pixels, ids), expected) == 0
+
+def test_a_starts_uniform_within_one_over_sqrt_in_and_b_at_zero():
+    layer = lora.LoRALinear(torch.nn.Linear(300, 50), 64, 128)
+    assert layer.lora_A.shape == (64, 300) and layer.lora_B.shape == (50, 64)
+    assert 0.99 < layer.lora_A.abs().max() * 300 ** 0.5 <= 1
+    assert abs(layer.lora_A.std() * 900 ** 0.5 - 1) < 0.02  # of a uniform one: its bound over sqrt(3)
+    assert (layer.lora_B == 0).all()
+
+def test_only_a_and_b_get_gradients():
+    model = small_model()
+    lora.add_lora(model, 4, 8)
+    contrastive_loss(model(photos(3), captions([3, 5, 9], 16))).backward()
+    assert all(("lora_" in name) == (p.grad is not None) for name, p in model.named_parameters())
+
+def test_strength_leads_from_the_base_to_the_adapted_model():
+    model, x = lora.LoRALinear(torch.nn.Linear(7, 5), 2, 6), torch.randn(3, 7)
+    torch.nn.init.normal_(model.lora_B)
+    base = F.linear(x, model.weight, model.bias)
+    for strength in (0.0, 0.5, 1.5):
+        lora.set_strength(model, strength)
+        assert difference(model(x), base + strength * 3 * x @ model.lora_A.T @ model.lora_B.T) < 1e-5
+
+def adapted(**changes):
+    model = small_model()
+    lora.add_lora(model, **dict(r=4, alpha=8) | changes)
+    return model
+
+def poisoned(value=torch.nan):
+    model = adapted()
+    model.vision_model.encoder.layers[1].self_attn.q_proj.lora_A.data[0, 0] = value
+    return model
+
+def merged(times):
+    model = adapted()
+    for _ in range(times):
+        lora.merge(model)
+    return model
+
+def loaded(model, saved=None, **config):
+    """`model` with an adapter loaded that `saved` wrote, its configuration changed."""
+    with tempfile.TemporaryDirectory() as folder:
+        lora.save_adapter(saved or adapted(), folder)
+        file = Path(folder) / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | config))
+        before = {name: p.clone() for name, p in model.state_dict().items()}
+        try:
+            lora.load_adapter(model, folder)
+        finally:
+            assert difference(model.state_dict(), before) == 0
+    return model
+
+BAD_LORA = {
+    "r = 0": (lambda: adapted(r=0), "r is 0"),
+    "r < 0": (lambda: adapted(r=-4), "r is -4"),
+    "r is a fraction": (lambda: adapted(r=2.5), "r is 2.5"),
+    "alpha = 0": (lambda: adapted(alpha=0), "alpha is 0"),
+    "alpha is NaN": (lambda: adapted(alpha=math.nan), "alpha is nan"),
+    "dropout = 1": (lambda: adapted(dropout=1.0), "dropout 1.0"),
+    "no such target": (lambda: adapted(targets=["q_proj", "query"]), "no Linear of the model is called 'qu"),
+    "a target that is no Linear": (lambda: adapted(targets=["layer_norm1"]), "'layer_norm1'"),
+    "half a name": (lambda: adapted(targets=["proj"]), "'proj'"),
+    "adapters twice": (lambda: lora.add_lora(adapted(), 4, 8), "has adapters already"),
+    "merge twice": (lambda: merged(2), "merged already"),
+    "merge without adapters": (lambda: lora.merge(small_model()), "has no adapters"),
+    "unmerge unmerged": (lambda: lora.unmerge(adapted()), "not merged"),
+    "strength while merged": (lambda: lora.set_strength(merged(1), 0.5), "are merged"),
+    "save without adapters": (lambda: lora.save_adapter(small_model(), "out"), "has no adapters"),
+    "merge NaN": (lambda: lora.merge(poisoned()), "NaN or infinity"),
+    "load NaN": (lambda: loaded(small_model(), poisoned()), "infinity in vision_model.encoder.layers.1"),
+    "load infinity": (lambda: loaded(small_model(), poisoned(-torch.inf)), "NaN or infinity"),
+    "load another shape": (lambda: loaded(small_model(vision=TowerConfig(64, 3, 4, 96))), "doesn't fit"),
+    "load for more layers": (lambda: loaded(small_model(vision=TowerConfig(48, 2, 4, 96))), "doesn't fit"),
+    "load with another r": (lambda: loaded(small_model(), r=3), "doesn't fit"),
+    "load twice": (lambda: loaded(adapted()), "has adapters already"),
+    "load DoRA": (lambda: loaded(small_model(), use_dora=True), "its use_dora is True"),
+    "load prefix tuning": (lambda: loaded(small_model(), peft_type="PREFIX_TUNING"), "not plain LoRA"),
+    "load ranks that differ": (lambda: loaded(small_model(), rank_pattern={"q_proj": 2}), "rank_pattern"),
+    "load alpha as a word": (lambda: loaded(small_model(), lora_alpha="big"), "can be read"),
+    "load from nowhere": (lambda: lora.load_adapter(small_model(), "nowhere"), "can be read"),
+}
+
+@pytest.mark.parametrize("name", BAD_LORA)
+def test_bad_adapters_are_one_clear_error(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call, message = BAD_LORA[name]
+    with pytest.raises(data.InputError) as error:
+        call()
+    assert message in str(error.value) and len(str(error.value).splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
 
 # --- Data ------------------------------------------------------------------------------------------------
 
@@ -437,18 +694,15 @@ NAMES = [f"{i}.jpg" for i in range(120)]
 CAPTIONS = {name: [f"photo {name[:-4]} , said in way {k}" for k in range(5)] for name in NAMES}
 SPLIT = {name: "val" if i % 6 == 0 else "test" if i % 6 == 1 else "train" for i, name in enumerate(NAMES)}
 
-
 def karpathy(folder):
     images = [{"filename": name, "split": SPLIT[name], "sentences": [{"raw": c} for c in captions]}
               for name, captions in CAPTIONS.items()]
     (folder / "dataset_flickr30k.json").write_text(json.dumps({"images": images}))
 
-
 def kaggle(folder):
     rows = [f"{name}| {k}| {c}" for name, captions in CAPTIONS.items() for k, c in enumerate(captions)]
     rows[4] = rows[4].replace("4| ", "4   ")                # as line 2199200615.jpg of the published file
     (folder / "results.csv").write_text("\n".join(["image_name| comment_number| comment", *rows]))
-
 
 def hub(folder):
     with open(folder / "flickr_annotations_30k.csv", "w", newline="") as file:
@@ -456,13 +710,11 @@ def hub(folder):
         writer.writerow(["raw", "sentids", "split", "filename", "img_id"])
         writer.writerows([json.dumps(c), "[]", SPLIT[name], name, 0] for name, c in CAPTIONS.items())
 
-
 def flickr8k(folder):
     with open(folder / "captions.txt", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "caption"])
         writer.writerows([name, c] for name, captions in CAPTIONS.items() for c in captions)
-
 
 @pytest.fixture
 def album(tmp_path, monkeypatch):
@@ -476,12 +728,10 @@ def album(tmp_path, monkeypatch):
     karpathy(folder)
     return folder
 
-
 def few_scenes(monkeypatch):
     load_drawn = data.load_drawn
     monkeypatch.setattr(data, "load_drawn", lambda sizes, *rest: load_drawn(
         {"val": 70, "test": 70, "train": 100}, *rest))
-
 
 @pytest.mark.parametrize("write", [karpathy, kaggle, hub, flickr8k])
 def test_every_form_of_flickr_gives_the_same_captions(write, tmp_path):
@@ -489,14 +739,12 @@ def test_every_form_of_flickr_gives_the_same_captions(write, tmp_path):
     _, captions = data.read_captions(tmp_path)
     assert {name: sentences for name, (_, sentences) in captions.items()} == CAPTIONS
 
-
 @pytest.mark.parametrize("write", [karpathy, hub])
 def test_published_splits_are_kept_and_karpathys_file_wins(write, tmp_path):
     kaggle(tmp_path)
     write(tmp_path)
     _, captions = data.read_captions(tmp_path)
     assert {name: split for name, (split, _) in captions.items()} == SPLIT
-
 
 def test_a_photos_own_name_decides_its_split(tmp_path):
     kaggle(tmp_path)
@@ -507,17 +755,14 @@ def test_a_photos_own_name_decides_its_split(tmp_path):
     assert {name: after[name][0] for name in before} == {name: split for name, (split, _) in before.items()}
     assert {split for split, _ in before.values()} == {"train", "val", "test"}
 
-
 def processed(image, size):
     """Hugging Face's own preprocessing, (size, size, 3) float."""
     processor = transformers.CLIPImageProcessor(size={"shortest_edge": size}, crop_size=size)
     return torch.as_tensor(np.asarray(processor(image)["pixel_values"][0])).permute(1, 2, 0)
 
-
 def prepared(path):
     """Our preprocessing of a file, in the same layout."""
     return data.normalize(torch.tensor(data.load_photo(path, 224))[None])[0].permute(1, 2, 0)
-
 
 @pytest.mark.parametrize("shape", [(375, 500), (500, 333), (224, 224), (225, 640), (37, 61)])
 def test_photos_become_exactly_the_pixels_of_clip_image_processor(shape, tmp_path):
@@ -525,18 +770,15 @@ def test_photos_become_exactly_the_pixels_of_clip_image_processor(shape, tmp_pat
     image.save(tmp_path / "a.png")
     assert difference(prepared(tmp_path / "a.png"), processed(image, 224)) < 1e-5
 
-
 @pytest.mark.skipif("FLICKR" not in os.environ, reason="set FLICKR to a folder of Flickr photos")
 def test_real_photos_become_exactly_the_pixels_of_clip_image_processor():
     captions_file, captions = data.read_captions(os.environ["FLICKR"])
     for path in list(data.find_photos(captions_file, captions).values())[:20]:
         assert difference(prepared(path), processed(Image.open(path), 224)) < 1e-5
 
-
 def saved(mode, colour, path, **options):
     Image.new(mode, (40, 20), colour).save(path, **options)
     return path
-
 
 def test_odd_photos_come_out_in_their_colours(tmp_path):
     odd = {"grey": (saved("L", 200, tmp_path / "g.jpg"), (200, 200, 200)),
@@ -553,7 +795,6 @@ def test_odd_photos_come_out_in_their_colours(tmp_path):
     Image.new("RGB", (1, 4000), (7, 8, 9)).save(tmp_path / "strip.png")
     assert (data.load_photo(tmp_path / "strip.png", 16) == (7, 8, 9)).all()
 
-
 def test_a_photo_taken_with_the_camera_turned_is_upright(tmp_path):
     image = Image.new("RGB", (40, 40), "black")
     image.paste("white", (0, 0, 40, 20))                    # white above, as stored
@@ -564,11 +805,9 @@ def test_a_photo_taken_with_the_camera_turned_is_upright(tmp_path):
     assert photo[:, 12:].mean() > 240
     assert photo[:, :4].mean() < 15
 
-
 def load(folder):
     splits, _ = data.load(str(folder), "train", 48, 24)
     return splits
-
 
 def test_a_damaged_or_missing_photo_is_named_and_left_out(album, capsys):
     for i in range(120, 420):                               # so many that two are under 1 %
@@ -584,7 +823,6 @@ def test_a_damaged_or_missing_photo_is_named_and_left_out(album, capsys):
     assert len(train.names) == len(train.photos) == 408
     assert [train.captions[c] for c in (0, -1)] == ["photo 10", "photo 419"]
 
-
 def test_the_store_is_reused_until_a_photo_changes(album, monkeypatch):
     first = load(album)["train"].photos.clone()
     monkeypatch.setattr(data, "build_store", lambda *_: pytest.fail("built again"))
@@ -594,14 +832,12 @@ def test_the_store_is_reused_until_a_photo_changes(album, monkeypatch):
     Image.new("RGB", (80, 60)).save(album / "images" / "2.jpg")
     assert not torch.equal(load(album)["train"].photos, first)
 
-
 def test_a_store_that_fails_leaves_nothing_behind(album):
     for name in NAMES[2:30]:
         (album / "images" / name).write_bytes(b"no photo")
     with pytest.raises(data.InputError, match="can't be read"):
         load(album)
     assert list(Path("cache").iterdir()) == []
-
 
 def test_an_epoch_shows_every_photo_once_with_one_of_its_own_captions(album):
     train = load(album)["train"]
@@ -613,11 +849,9 @@ def test_an_epoch_shows_every_photo_once_with_one_of_its_own_captions(album):
     assert torch.equal(drawn[7], train.pairs(3, 7))
     assert not torch.equal(drawn[7], train.pairs(4, 7))
 
-
 def test_no_photo_and_no_caption_is_in_two_splits(album):
     names = [set(split.names) for split in load(album).values()]
     assert sum(len(part) for part in names) == len(set.union(*names)) == 120
-
 
 def test_a_trained_tokenizer_knows_every_byte_and_its_end_token_is_the_largest():
     tokenizer = data.train_tokenizer(["a small red circle", "a small blue square"] * 20)
@@ -629,14 +863,12 @@ def test_a_trained_tokenizer_knows_every_byte_and_its_end_token_is_the_largest()
     assert tokenizer.decode(ids[1:-1]).replace(" ", "") == text.replace(" ", "")
     assert len(tokenizer("small")["input_ids"]) == 3
 
-
 def test_long_captions_are_cut_and_keep_their_end_token():
     tokenizer = data.train_tokenizer(["a b c"])
     ids = data.tokenize(tokenizer, ["a " * 200, "b"])
     assert ids.shape == (2, 77)
     assert ids[0, -1] == tokenizer.eos_token_id
     assert (ids[1, 2:] == tokenizer.eos_token_id).all()
-
 
 def test_a_batch_of_captions_is_as_long_as_its_longest_rounded_up_to_eight(album):
     train = load(album)["train"]
@@ -645,7 +877,6 @@ def test_a_batch_of_captions_is_as_long_as_its_longest_rounded_up_to_eight(album
     batches = [torch.tensor(rows) for rows in ([0], [0, 1], [2, 0])]
     assert [train.tokens(rows, torch.device("cpu")).shape[1] for rows in batches] == [8, 16, 24]
 
-
 def test_augmentation_without_crop_is_the_photo_or_its_mirror_image():
     photos = torch.randint(0, 256, (64, 16, 16, 3), dtype=torch.uint8)
     plain, augmented = data.normalize(photos), data.augment(photos, 16, scale=(1, 1), ratio=(1, 1))
@@ -653,20 +884,17 @@ def test_augmentation_without_crop_is_the_photo_or_its_mirror_image():
     assert 16 < mirrored.sum() < 48
     assert difference(augmented, torch.where(mirrored[:, None, None, None], plain.flip(-1), plain)) < 1e-4
 
-
 def test_crops_show_the_share_of_the_photo_that_was_asked_for():
     ramp = torch.arange(256).expand(500, 256, 256)[..., None].expand(-1, -1, -1, 3).to(torch.uint8)
     columns = data.augment(ramp, 224, scale=(0.4, 0.4), ratio=(1, 1))[:, 0, 0] * data.STD[0] + data.MEAN[0]
     width = (columns[:, -1] - columns[:, 0]).abs() * 224 / 223
     assert difference(width, torch.full_like(width, 0.4 ** 0.5)) < 0.01
 
-
 def test_a_scene_depends_on_seed_and_index_alone():
     few, many = (data.load_drawn({"val": 10, "train": n}, 48) for n in (5, 20))
     assert np.array_equal(few["train"][1], many["train"][1][:5])
     assert few["train"][2] == many["train"][2][:5]
     assert data.all_scenes(1)[0] != data.all_scenes(0)[0]
-
 
 def test_no_validation_scene_is_in_training_and_every_caption_says_which_one_it_is():
     scenes = [data.all_scenes(0)[i] for i in range(11_000)]
@@ -678,13 +906,11 @@ def test_no_validation_scene_is_in_training_and_every_caption_says_which_one_it_
         words = [word for thing, _ in objects for word in thing] + [ground]
         assert all(caption.split().count(word) >= words.count(word) for word in words), caption
 
-
 def test_reading_half_a_caption_fails_on_shapes():
     halves = [half for i in range(500) for half in data.all_scenes(0)[i][:2]]
     chance = np.mean([1 / halves.count(half) for half in halves])
     print(f"R@1 of a reader of one object and its place: {chance:.3f}")
     assert chance < 0.35
-
 
 @pytest.fixture
 def hub_server(tmp_path):
@@ -720,14 +946,11 @@ def hub_server(tmp_path):
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
 
-
 def run_process(*argv, cwd, **environment):
     return subprocess.run([sys.executable, Path(clip.__file__), *argv], cwd=cwd, timeout=170,
                           capture_output=True, text=True, env={**os.environ, **environment})
 
-
 TOY = ("--model", "tiny", "--tokenizer", "train", "--epochs", "1", "--batch-size", "40", "--device", "cpu")
-
 
 def test_flickr30k_is_fetched_from_the_hub_and_nothing_lands_outside_its_folder(hub_server, tmp_path):
     (tmp_path / "a").mkdir()
@@ -738,7 +961,6 @@ def test_flickr30k_is_fetched_from_the_hub_and_nothing_lands_outside_its_folder(
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["cache", "flickr30k", "runs"]
     assert not list(tmp_path.glob("outside.jpg"))
 
-
 def test_without_network_the_missing_photos_are_one_line(tmp_path):
     done = run_process(cwd=tmp_path, HF_HUB_OFFLINE="1")
     assert done.returncode == 2
@@ -746,20 +968,17 @@ def test_without_network_the_missing_photos_are_one_line(tmp_path):
     assert "--data DIR" in done.stderr
     assert "--data shapes" in done.stderr
 
-
 # --- Training --------------------------------------------------------------------------------------------
-
 
 def train_shapes(monkeypatch, folder, *flags):
     monkeypatch.chdir(folder)
     few_scenes(monkeypatch)
     return clip.main(["--data", "shapes", "--batch-size", "25", "--epochs", "3", "--device", "cpu", *flags])
 
-
 def test_a_run_leaves_all_that_load_needs_and_two_pictures(monkeypatch, tmp_path, capsys):
     assert train_shapes(monkeypatch, tmp_path) == 0
     run = tmp_path / "runs" / "shapes"
-    assert {p.name for p in run.iterdir()} == {"config.json", "tokenizer", "best.pt", "last.pt", "log.csv",
+    assert {p.name for p in run.iterdir()} == {"config.json", "tokenizer", "checkpoint.pt", "log.csv",
                                                "curve.png", "retrieval.png"}
     for name in ("curve.png", "retrieval.png"):
         Image.open(run / name).load()
@@ -769,12 +988,11 @@ def test_a_run_leaves_all_that_load_needs_and_two_pictures(monkeypatch, tmp_path
     split = data.make_split(*data.load_drawn({"val": 70}, 48)["val"], tokenizer, 77)
     best = max(rows, key=lambda row: sum(float(value) for name, value in row.items() if "_r" in name))
     assert abs(clip.evaluate(model, split)["loss"] - float(best["loss"])) < 1e-6
-    assert torch.load(run / "best.pt", weights_only=True)["epoch"] == int(best["epoch"])
-
+    assert abs(clip.evaluate(CLIP.load(run, "last"), split)["loss"] - float(rows[-1]["loss"])) < 1e-6
+    assert "best epoch" + best["epoch"].rjust(4) in capsys.readouterr().out
 
 def without_times(history):
     return [{name: value for name, value in row.items() if name != "minutes"} for row in history]
-
 
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(monkeypatch, tmp_path):
     assert train_shapes(monkeypatch, tmp_path, "--out", "whole") == 0
@@ -793,10 +1011,10 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(monkeypatch, tmp_pat
         train_shapes(monkeypatch, tmp_path, "--out", "halves")
     monkeypatch.undo()
     assert train_shapes(monkeypatch, tmp_path, "--out", "halves", "--resume") == 0
-    whole, halves = (clip.load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "halves"))
+    whole, halves = (clip.load_checkpoint(tmp_path / name) for name in ("whole", "halves"))
     assert without_times(whole["history"]) == without_times(halves["history"])
-    assert all(torch.equal(whole["model"][name], halves["model"][name]) for name in whole["model"])
-
+    for weights in ("last", "best"):
+        assert all(torch.equal(whole[weights][name], halves[weights][name]) for name in whole[weights])
 
 def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine():
     rates = [clip.learning_rate(step, 1000, 2.0, 0.1) for step in range(1000)]
@@ -806,7 +1024,6 @@ def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine():
     assert rates[999] < 1e-4
     assert np.allclose(np.diff(rates[:100]), 2 / 101)
 
-
 def test_only_the_matrices_of_linears_decay():
     model = CLIP(SMALL)
     groups = clip.make_optimizer(model, 1e-3, 0.2).param_groups
@@ -815,14 +1032,12 @@ def test_only_the_matrices_of_linears_decay():
     assert len(decays) == len(list(model.parameters()))
     assert {i for i, decay in decays.items() if decay == 0.2} == linears
 
-
 def test_the_logit_scale_never_leaves_a_step_above_100(monkeypatch, tmp_path):
     monkeypatch.setattr(clip, "init_weights", lambda model, init=clip.init_weights: (
         init(model), model.logit_scale.data.fill_(9.0)))
     assert train_shapes(monkeypatch, tmp_path) == 0
-    scale = clip.load_checkpoint("runs/shapes/last.pt")["model"]["logit_scale"].exp().item()
+    scale = clip.load_checkpoint("runs/shapes")["last"]["logit_scale"].exp().item()
     assert 90 < scale < 100.001
-
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(monkeypatch, tmp_path, capsys):
     loss, steps = clip.contrastive_loss, []
@@ -835,10 +1050,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(m
     monkeypatch.setattr(clip, "SAVE_SHARE", 1e9)
     assert train_shapes(monkeypatch, tmp_path) == 2
     assert "not finite" in capsys.readouterr().err
-    state = clip.load_checkpoint("runs/shapes/last.pt")
+    state = clip.load_checkpoint("runs/shapes")
     assert len(state["history"]) == 1
-    assert all(p.isfinite().all() for p in state["model"].values())
-
+    assert all(p.isfinite().all() for p in state["last"].values())
 
 def test_validation_loss_is_over_groups_of_64_pairs(album, monkeypatch):
     split = load(album)["train"]                    # 80 photos: one group of 64, and 16 left out
@@ -852,11 +1066,9 @@ def test_validation_loss_is_over_groups_of_64_pairs(album, monkeypatch):
         expected.append((F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2)
     assert clip.evaluate(model, split)["loss"] == pytest.approx(torch.stack(expected).mean().item(), abs=1e-5)
 
-
 def damaged(run):
     run.mkdir(parents=True)
     (run / "config.json").write_text("{")
-
 
 BAD = {
     "no such folder": (["--data", "nowhere"], "no such folder"),
@@ -877,10 +1089,9 @@ BAD = {
     "an unknown tokenizer": (["--data", "photos", "--tokenizer", "nowhere"], "no tokenizer nowhere"),
     "a run that is there": (["--data", "photos", "--out", "old"], "holds a run"),
     "another run resumed": (["--data", "photos", "--out", "old", "--resume", "--seed", "5"], "seed was 0"),
-    "a configuration cut short": (["--data", "photos", "--out", "cut", "--resume"], "can't resume: cut"),
-    "a checkpoint cut short": (["--data", "photos", "--out", "old", "--resume"], "is damaged"),
+    "a configuration cut short": (["--data", "photos", "--out", "cut", "--resume"], "cut is no run"),
+    "a checkpoint cut short": (["--data", "photos", "--out", "old", "--resume"], "is missing, damaged"),
 }
-
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_line_and_exit_code_2(name, album, capsys, monkeypatch):
@@ -897,7 +1108,7 @@ def test_bad_input_is_one_line_and_exit_code_2(name, album, capsys, monkeypatch)
     damaged(Path("cut"))
     if "old" in BAD[name][0]:
         assert clip.main(["--data", "photos", *TOY, "--out", "old"]) == 0
-        Path("old/last.pt").write_bytes(Path("old/last.pt").read_bytes()[:1000])
+        Path("old/checkpoint.pt").write_bytes(Path("old/checkpoint.pt").read_bytes()[:1000])
     capsys.readouterr()
     flags, message = BAD[name]
     given = [flag for i in range(0, len(TOY), 2) if TOY[i] not in flags for flag in TOY[i:i + 2]]
@@ -907,13 +1118,11 @@ def test_bad_input_is_one_line_and_exit_code_2(name, album, capsys, monkeypatch)
     assert len(error) == 1 and error[0].startswith("error: ") and message in error[0], error
     assert not Path("runs").exists()
 
-
 # --- README ----------------------------------------------------------------------------------------------
-
 
 def test_files_keep_the_length_that_the_readme_promises():
     here = Path(clip.__file__).parent
-    for name, limit in {"clip.py": 700, "data.py": 450}.items():
+    for name, limit in {"clip.py": 700, "data.py": 450, "lora.py": 200}.items():
         lines = (here / name).read_text().splitlines()
         assert len(lines) <= limit, name
         assert max(map(len, lines)) <= 110, name
