@@ -289,7 +289,8 @@ class CLIP(nn.Module):
         text = asdict(c.text) | dict(vocab_size=c.vocab_size, eos_token_id=c.eos_token_id, bos_token_id=None,
                                      max_position_embeddings=c.max_position_embeddings)
         vision["hidden_act"] = text["hidden_act"] = c.hidden_act
-        config = transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=c.projection_dim)
+        towers = dict(vision_config=vision, text_config=text)
+        config = transformers.CLIPConfig(**towers, projection_dim=c.projection_dim)
         with torch.device("meta"):
             released = transformers.CLIPModel(config)
         released.load_state_dict(self.state_dict(), assign=True)
@@ -538,25 +539,12 @@ def draw_curve(path, history, photos):
     with data.atomic(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
 
-def draw_retrieval(path, model, split, queries=6, shown=6):
-    """Captions from all over the split, each over the photos that it finds first, the right one framed."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
+def draw_retrieval(path, model, split):
+    """Six captions from all over the split, each over the six photos that it finds first."""
     images, texts = embed(model, split)
-    captions = torch.linspace(0, len(texts) - 1, min(queries, len(texts))).long()
-    found = (texts[captions] @ images.T).topk(min(shown, len(images))).indices.cpu()
-    figure = Figure(figsize=(1.6 * shown, 1.9 * len(captions)), layout="constrained")
-    side = split.photos.shape[1]
-    for axes, caption, photos in zip(figure.subplots(len(captions), squeeze=False)[:, 0], captions, found):
-        pictures = F.pad(split.take(photos, "cpu"), (0, 0, 2, 2), value=255)            # white between them
-        axes.imshow(torch.cat(list(pictures), dim=1).numpy())
-        axes.set_title(split.captions[caption][:110], loc="left", fontsize=9)
-        axes.axis("off")
-        for place in (photos == split.owner[caption]).nonzero():
-            frame = (place.item() * (side + 4) + 1, 0), side + 1, side - 1
-            axes.add_patch(Rectangle(*frame, fill=False, edgecolor="limegreen", linewidth=4))
-    with data.atomic(path) as temporary:
-        figure.savefig(temporary, dpi=100, format="png")
+    captions = torch.linspace(0, len(texts) - 1, min(6, len(texts))).long()
+    found = (texts[captions] @ images.T).topk(min(6, len(images))).indices
+    data.draw_found(path, split, captions.tolist(), found.cpu())
 
 # --- The command -----------------------------------------------------------------------------------------
 
@@ -570,16 +558,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"{message}; --help lists the flags")
 
-def parse_args(argv):
-    parser = Parser(description=f"Train CLIP from scratch. `--data shapes` changes the defaults to {SHAPES}.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    group = parser.add_argument_group("data")
-    group.add_argument("--data", default="flickr30k", metavar="DIR",
-                       help="folder with photos and captions, or `shapes`; ./flickr30k is fetched if missing")
-    group.add_argument("--tokenizer", default="openai/clip-vit-base-patch16", help="name, folder or `train`")
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=PRESETS, default="ViT-B/16", help="size")
-    group.add_argument("--text", choices=("bert", "causal"), default="bert", help="causal is OpenAI's")
+def add_shared_flags(parser):
+    """The flags that clip.py and finetune.py have in common."""
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=int, default=55, help="times that each photo is seen")
     group.add_argument("--batch-size", type=int, default=256, help="pairs in a step")
@@ -587,14 +567,16 @@ def parse_args(argv):
     group.add_argument("--weight-decay", type=float, default=0.2, help="AdamW's, on matrices only")
     group.add_argument("--warmup", type=float, default=0.1, help="share of the steps in which lr rises")
     group = parser.add_argument_group("run")
+    group.add_argument("--data", default="flickr30k", metavar="DIR",
+                       help="photos and captions, or `shapes`, `sketches`; ./flickr30k is fetched if missing")
     group.add_argument("--out", type=Path, metavar="DIR", help="folder of the run; None is runs/NAME")
     group.add_argument("--resume", action="store_true", help="go on with the run in --out")
     group.add_argument("--seed", type=int, default=0, help="of weights, batches and crops")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     group.add_argument("--no-compile", dest="compile", action="store_false", help="for short runs on CUDA")
-    if parser.parse_known_args(argv)[0].data == "shapes":
-        parser.set_defaults(**SHAPES)
-    args = parser.parse_args(argv)
+
+def checked(args):
+    """The flags, with values that make sense."""
     for name, low, high in (("epochs", 1, 1e6), ("batch_size", 2, 1e6), ("lr", 0, 1e3),
                             ("weight_decay", 0, 1e3), ("warmup", 0, 1), ("seed", 0, 1e9)):
         if not low <= getattr(args, name) <= high:
@@ -605,8 +587,30 @@ def parse_args(argv):
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"no device {args.device} here: {str(error).splitlines()[0]}") from error
     args.compile = args.compile and args.device.type == "cuda"
+    return args
+
+def parse_args(argv):
+    parser = Parser(description=f"Train CLIP from scratch. `--data shapes` changes the defaults to {SHAPES}.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", choices=PRESETS, default="ViT-B/16", help="size")
+    group.add_argument("--text", choices=("bert", "causal"), default="bert", help="causal is OpenAI's")
+    group.add_argument("--tokenizer", default="openai/clip-vit-base-patch16", help="name, folder or `train`")
+    add_shared_flags(parser)
+    if parser.parse_known_args(argv)[0].data in data.DRAWN:
+        parser.set_defaults(**SHAPES)
+    args = checked(parser.parse_args(argv))
     args.out = args.out or Path("runs") / Path(args.data).resolve().name
     return args
+
+def load_data(args, tokenizer, config):
+    """What data.load gives for --data and a model's configuration, on the device where it fits."""
+    splits, tokenizer = data.load(args.data, tokenizer, config.image_size, config.max_position_embeddings)
+    if args.batch_size > len(splits["train"].photos):
+        raise InputError(f"--batch-size {args.batch_size}: training has {len(splits['train'].photos)} photos")
+    for split in splits.values():
+        split.place(args.device)
+    return splits, tokenizer
 
 def open_run(config, tokenizer, args):
     """Makes the folder args.out, or checks that the run in it is this one: {"model": ..., "run": flags}."""
@@ -657,26 +661,21 @@ def run(args):
     torch.set_float32_matmul_precision("high")              # TF32 for what stays in fp32, where there is any
     config, own = PRESETS[args.model], args.out / "tokenizer"
     tokenizer = own if args.resume and own.exists() else args.tokenizer     # "train" would train another one
-    splits, tokenizer = data.load(args.data, tokenizer, config.image_size, config.max_position_embeddings)
-    photos = len(splits["train"].photos)
-    if args.batch_size > photos:
-        raise InputError(f"--batch-size {args.batch_size} is more than the {photos} training photos")
+    splits, tokenizer = load_data(args, tokenizer, config)
     config = replace(config, causal=args.text == "causal", vocab_size=len(tokenizer),
                      eos_token_id=tokenizer.eos_token_id)
     open_run(config, tokenizer, args)
     torch.manual_seed(args.seed)
     model = CLIP(config).to(args.device)
-    for split in splits.values():
-        split.place(args.device)
     print_start(model, splits, args)
     history = train(model, splits, args, args.out)
     finish(model, splits, history, args)
 
-def main(argv=None):
-    """The command. Returns its exit code."""
+def main(argv=None, parse_args=parse_args, run=run):
+    """A command: bad input, and a disk full or closed, end it with one line. Returns the exit code."""
     try:
         run(parse_args(argv))
-    except (InputError, OSError) as error:                  # an OSError says which file: no space, no right
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

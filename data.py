@@ -198,7 +198,7 @@ def photo_store(photos, size, cache):
 
 # --- Two drawn worlds ------------------------------------------------------------------------------------
 
-DRAWN = {"shapes": 10_000, "sketches": 2_000}               # training scenes
+DRAWN = {"shapes": 10_000, "sketches": 3_000}               # training scenes
 SIZES = {"small": 0.13, "large": 0.22}                      # radius as a share of the picture's side
 COLOURS = {"red": (225, 35, 35), "green": (30, 160, 60), "blue": (40, 80, 230), "yellow": (245, 210, 30),
            "purple": (150, 50, 180), "cyan": (60, 210, 225)}
@@ -214,12 +214,10 @@ TEMPLATES = (
     "the {place_a} {A[2]} is {A[0]} and {A[1]} , {where} a {B[2]} that is {B[0]} and {B[1]} , on {ground}",
 )
 WHERE = {(-1, 0): "left of", (1, 0): "right of", (0, -1): "above", (0, 1): "below"}
-# `sketches` is the same world in outlines, on other backgrounds and in other words.
+# `sketches` is the same world in outlines, on other backgrounds, which have other names, as the shapes have.
 SKETCH_GROUNDS = {"white": (255, 225, 190), "grey": (150, 190, 160), "black": (50, 30, 70)}
-SKETCH_WORDS = {"white": "peach", "grey": "sage", "black": "plum", "small": "tiny", "large": "big",
-                "red": "scarlet", "green": "emerald", "blue": "azure", "yellow": "golden", "purple": "violet",
-                "cyan": "turquoise", "circle": "disc", "square": "box", "triangle": "wedge", "cross": "plus",
-                "ring": "hoop", "top": "upper", "bottom": "lower", "background": "paper"}
+SKETCH_WORDS = {"white": "peach", "grey": "sage", "black": "plum", "background": "paper", "circle": "disc",
+                "square": "box", "triangle": "wedge", "cross": "plus", "ring": "hoop"}
 
 @cache
 def all_scenes(seed):
@@ -251,7 +249,7 @@ def draw(scene, side, rng, sketch=False):
         else:
             pen.ellipse(box, fill if shape == "circle" else None, fill, width=round(radius * 0.4))
         if sketch:                                          # keeps what has an end of the object within reach
-            inside, reach = mask, side // 12
+            inside, reach = mask, side // 6
             for dx, dy in ((reach, 0), (-reach, 0), (0, reach), (0, -reach)):
                 inside = ImageChops.darker(inside, ImageChops.offset(mask, dx, dy))
             image.paste(COLOURS[colour], mask=ImageChops.subtract(mask, inside))
@@ -387,6 +385,23 @@ def augment(photos, size, scale=(0.4, 1.0), ratio=(3 / 4, 4 / 3)):
     theta[:, 1, 1], theta[:, 1, 2] = height, (1 - height) * torch.empty_like(height).uniform_(-1, 1)
     grid = F.affine_grid(theta, (B, 3, size, size), align_corners=False)
     return F.grid_sample(normalize(photos), grid, padding_mode="border", align_corners=False)
+
+def draw_found(path, split, captions, found):
+    """A picture: each of the captions (Q,) over the photos found for it (Q, K), the right one framed."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    figure = Figure(figsize=(1.6 * found.shape[1], 1.9 * len(captions)), layout="constrained")
+    side = split.photos.shape[1]
+    for axes, caption, photos in zip(figure.subplots(len(captions), squeeze=False)[:, 0], captions, found):
+        pictures = F.pad(split.take(photos, "cpu"), (0, 0, 2, 2), value=255)            # white between them
+        axes.imshow(torch.cat(list(pictures), dim=1).numpy())
+        axes.set_title(split.captions[caption][:110], loc="left", fontsize=9)
+        axes.axis("off")
+        for place in (photos == split.owner[caption]).nonzero():
+            frame = (place.item() * (side + 4) + 1, 0), side + 1, side - 1
+            axes.add_patch(Rectangle(*frame, fill=False, edgecolor="limegreen", linewidth=4))
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
 
 def load_flickr(folder, image_size, cache):
     """Splits of a folder with photos and captions: for each split (names, photos, sentences of each)."""

@@ -9,6 +9,7 @@ import http.server
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from transformers.activations import ACT2FN
 
 import clip
 import data
+import finetune
 import lora
 from clip import CLIP, CLIPConfig, PRESETS, TowerConfig, contrastive_loss, recall_at_k
 
@@ -390,7 +392,8 @@ def test_a_tie_or_a_nan_counts_as_a_miss(value):
 
 # --- Released weights ------------------------------------------------------------------------------------
 
-SIZES = {"patch 8": {}, "patch 20": dict(patch_size=20), "legacy end token": dict(vocab_size=90, eos_token_id=89),
+SIZES = {"patch 8": {}, "patch 20": dict(patch_size=20),
+         "legacy end token": dict(vocab_size=90, eos_token_id=89),
          "wider": dict(vision=TowerConfig(96, 4, 6, 192), projection_dim=40, image_size=56, patch_size=14)}
 
 def released_folder(folder, config):
@@ -906,6 +909,14 @@ def test_no_validation_scene_is_in_training_and_every_caption_says_which_one_it_
         words = [word for thing, _ in objects for word in thing] + [ground]
         assert all(caption.split().count(word) >= words.count(word) for word in words), caption
 
+def test_sketches_are_the_scenes_of_shapes_in_another_look_and_other_words():
+    shapes, sketches = (data.load_drawn({"val": 200}, 48, sketch)["val"] for sketch in (False, True))
+    assert shapes[0] == sketches[0]
+    assert (shapes[1] != sketches[1]).any(axis=(1, 2, 3)).all()
+    for ours, theirs in zip(sum(shapes[2], []), sum(sketches[2], [])):
+        assert [data.SKETCH_WORDS.get(word, word) for word in ours.split()] == theirs.split()
+        assert ours != theirs
+
 def test_reading_half_a_caption_fails_on_shapes():
     halves = [half for i in range(500) for half in data.all_scenes(0)[i][:2]]
     chance = np.mean([1 / halves.count(half) for half in halves])
@@ -1066,6 +1077,142 @@ def test_validation_loss_is_over_groups_of_64_pairs(album, monkeypatch):
         expected.append((F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2)
     assert clip.evaluate(model, split)["loss"] == pytest.approx(torch.stack(expected).mean().item(), abs=1e-5)
 
+# --- Adaptation ------------------------------------------------------------------------------------------
+
+def finetune_sketches(*flags):
+    return finetune.main(["--base", "runs/shapes", "--data", "sketches", "--batch-size", "25",
+                          "--epochs", "2", "--device", "cpu", *flags])
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory):
+    """The folder of a small model of `shapes`, and of the study that adapts it to `sketches`."""
+    folder = tmp_path_factory.mktemp("studied")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert train_shapes(monkeypatch, folder) == 0
+        assert finetune_sketches("--r", "4", "16", "--full") == 0
+    return folder
+
+@pytest.fixture
+def study_folder(studied, monkeypatch):
+    monkeypatch.chdir(studied)
+    few_scenes(monkeypatch)
+    return studied / "runs" / "shapes-sketches"
+
+def drawn_split(name, tokenizer, part="val"):
+    sizes = {"val": 70, "test": 70, "train": 100}
+    return data.make_split(*data.load_drawn(sizes, 48, name == "sketches")[part], tokenizer, 77)
+
+def study_rows(folder):
+    return {row["variant"]: row for row in csv.DictReader(open(folder / "study.csv"))}
+
+def test_a_study_leaves_adapters_a_table_and_a_figure_that_say_the_same(study_folder):
+    rows, tokenizer = study_rows(study_folder), data.load_tokenizer("runs/shapes/tokenizer")
+    assert list(rows) == ["zero-shot", "r=4", "r=16", "all weights"]
+    Image.open(study_folder / "study.png").load()
+    models = {variant: CLIP.load("runs/shapes") for variant in rows}
+    lora.load_adapter(models["r=4"], study_folder / "r4-seed0")
+    lora.load_adapter(models["r=16"], study_folder / "r16-seed0")
+    models["all weights"].load_state_dict(clip.load_checkpoint(study_folder / "full-seed0")["best"])
+    for variant, model in models.items():
+        assert int(rows[variant]["trainable"]) == (0 if variant == "zero-shot" else
+                                                   lora.trainable_parameters(model)[0])
+        for name, split in {"val": drawn_split("sketches", tokenizer),
+                            "test": drawn_split("sketches", tokenizer, "test"),
+                            "shapes val": drawn_split("shapes", tokenizer)}.items():
+            found = clip.evaluate(model, split)
+            told = {key: float(rows[variant][f"{name} {key}"]) for key in found}
+            assert told == pytest.approx(found, abs=1e-4)
+    assert len({row["val loss"] for row in rows.values()}) == 4
+
+def test_the_checkpoint_of_an_adapted_model_holds_its_adapters_alone(study_folder):
+    model = CLIP.load("runs/shapes")
+    lora.load_adapter(model, study_folder / "r4-seed0")
+    state = clip.load_checkpoint(study_folder / "r4-seed0")
+    assert set(state["last"]) == set(state["best"]) == set(lora_weights(model))
+
+def test_an_adapter_turned_off_gives_the_base_back_exactly(study_folder):
+    model, split = CLIP.load("runs/shapes"), drawn_split("shapes", data.load_tokenizer("runs/shapes/tokenizer"))
+    base = clip.evaluate(model, split)
+    lora.load_adapter(model, study_folder / "r16-seed0")
+    assert clip.evaluate(model, split) != base
+    lora.set_strength(model, 0.0)
+    assert clip.evaluate(model, split) == base
+
+def test_a_finished_study_resumed_says_the_same(study_folder, capsys):
+    first = study_rows(study_folder)
+    assert finetune_sketches("--r", "4", "16", "--full", "--resume") == 0
+    assert study_rows(study_folder) == first
+    assert "no embedding moved by more than" in capsys.readouterr().out
+
+def test_repeats_differ_in_their_seed_alone(study_folder, tmp_path):
+    assert finetune_sketches("--r", "4", "--seeds", "2", "--out", str(tmp_path)) == 0
+    first, second = (clip.load_checkpoint(tmp_path / f"r4-seed{seed}")["last"] for seed in (0, 1))
+    assert difference(first, clip.load_checkpoint(study_folder / "r4-seed0")["last"]) == 0
+    assert difference(first, second) > 1e-3
+
+def test_the_table_shows_mean_and_deviation_over_seeds():
+    rows = [{"variant": "r=2", "trainable": 1000, "minutes": 1, "lowest val loss": loss, "val t2i_r1": recall,
+             "val i2t_r1": 5} for loss, recall in ((1.0, 10), (3.0, 20))]
+    line = finetune.table(rows, ["val"]).splitlines()[1]
+    assert line.split() == ["r=2", "0.00", "1,000", "1.0", "2.000", "±1.000", "15.0", "±5.0", "5.0"]
+
+# The size of the vocabulary that train_tokenizer gives for captions of single letters.
+SPELLING = replace(OPENAI_SMALL, vocab_size=514, eos_token_id=513)
+
+def test_an_adapter_of_the_study_opens_in_peft_on_the_released_model(album):
+    theirs, inputs = released_folder(Path("base"), SPELLING)
+    assert finetune.main(["--base", "base", "--data", "photos", "--r", "2", "--epochs", "1",
+                          "--batch-size", "20", "--lr", "0.01", "--device", "cpu", "--out", "out"]) == 0
+    ours = CLIP.from_pretrained("base")
+    before = ours(*inputs)
+    lora.load_adapter(ours, "out/r2-seed0")
+    adapted_theirs = peft.PeftModel.from_pretrained(theirs, "out/r2-seed0")
+    with torch.no_grad():
+        assert difference(ours.eval()(*inputs), their_logits(adapted_theirs.eval(), *inputs)) < 1e-5
+        assert difference(ours(*inputs), before) > 1e-3
+
+def test_repeats_differ_in_their_seed_alone(monkeypatch, tmp_path):
+    assert train_shapes(monkeypatch, tmp_path) == 0
+    assert finetune_sketches("--r", "2", "--seeds", "2", "--out", "two") == 0
+    assert finetune_sketches("--r", "2", "--seed", "1", "--out", "one") == 0
+    two, one = (clip.load_checkpoint(Path(name) / "r2-seed1")["last"] for name in ("two", "one"))
+    assert difference(two, one) == 0
+    assert difference(two, clip.load_checkpoint("two/r2-seed0")["last"]) > 1e-3
+
+def test_the_table_shows_mean_and_deviation_over_seeds():
+    rows = [{"variant": "r=2", "trainable": 1000, "minutes": 1, "lowest val loss": loss, "val t2i_r1": recall,
+             "val i2t_r1": 5} for loss, recall in ((1.0, 10), (3.0, 20))]
+    line = finetune.table(rows, ["val"]).splitlines()[1]
+    assert line.split() == ["r=2", "0.0", "1,000", "1.0", "2.000", "±1.000", "15.0", "±5.0", "5.0"]
+
+BAD_STUDY = {
+    "rank zero": (["--r", "0"], "--r and --seeds"),
+    "a negative rank": (["--r", "4", "-1"], "--r and --seeds"),
+    "no seeds": (["--r", "4", "--seeds", "0"], "--r and --seeds"),
+    "no such base": (["--base", "nowhere"], "no CLIP in nowhere"),
+    "a base that is no model": (["--base", "photos"], "no CLIP in photos"),
+    "another model's tokenizer": (["--base", "others"], "is not the one of the model others"),
+    "no such target": (["--targets", "query"], "no Linear of the model is called 'query'"),
+    "dropout of one": (["--dropout", "1"], "dropout 1.0"),
+    "alpha zero": (["--alpha", "0"], "alpha is 0"),
+    "more pairs than photos": (["--batch-size", "81"], "--batch-size 81"),
+    "no such photos": (["--data", "nowhere"], "no such folder: nowhere"),
+    "an unknown flag": (["--rank", "4"], "--rank"),
+}
+
+@pytest.mark.parametrize("name", BAD_STUDY)
+def test_bad_input_to_a_study_is_one_line_and_exit_code_2(name, album, capsys):
+    released_folder(Path("base"), SPELLING)
+    released_folder(Path("others"), OPENAI_SMALL)
+    flags, message = BAD_STUDY[name]
+    given = {"--base": "base", "--data": "photos", "--out": "out", "--batch-size": "20"}
+    kept = [word for flag, value in given.items() if flag not in flags for word in (flag, value)]
+    capsys.readouterr()
+    assert finetune.main([*kept, "--device", "cpu", *flags]) == 2
+    error = [line for line in capsys.readouterr().err.strip().splitlines() if line and "decoding" not in line]
+    assert len(error) == 1 and error[0].startswith("error: ") and message in error[0], error
+    assert not Path("out").exists()
+
 def damaged(run):
     run.mkdir(parents=True)
     (run / "config.json").write_text("{")
@@ -1120,9 +1267,26 @@ def test_bad_input_is_one_line_and_exit_code_2(name, album, capsys, monkeypatch)
 
 # --- README ----------------------------------------------------------------------------------------------
 
-def test_files_keep_the_length_that_the_readme_promises():
-    here = Path(clip.__file__).parent
-    for name, limit in {"clip.py": 700, "data.py": 450, "lora.py": 200}.items():
-        lines = (here / name).read_text().splitlines()
-        assert len(lines) <= limit, name
-        assert max(map(len, lines)) <= 110, name
+HERE = Path(clip.__file__).parent
+README = (HERE / "README.md").read_text()
+
+LIMITS = {"clip.py": 700, "data.py": 450, "lora.py": 200, "finetune.py": 350}
+
+@pytest.mark.parametrize("name, limit", LIMITS.items())
+def test_a_file_is_as_long_as_the_readme_says_and_no_longer_than_promised(name, limit):
+    lines = (HERE / name).read_text().splitlines()
+    assert len(lines) <= limit
+    assert max(map(len, lines)) <= 110
+    assert f"| `{name}` | {len(lines)} |" in README
+
+def test_the_readmes_python_runs(study_folder):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(block, {})
+
+def test_the_readmes_pictures_are_there():
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
+    assert pictures
+    for picture in pictures:
+        Image.open(HERE / picture).load()
