@@ -1131,7 +1131,8 @@ def test_the_checkpoint_of_an_adapted_model_holds_its_adapters_alone(study_folde
     assert set(state["last"]) == set(state["best"]) == set(lora_weights(model))
 
 def test_an_adapter_turned_off_gives_the_base_back_exactly(study_folder):
-    model, split = CLIP.load("runs/shapes"), drawn_split("shapes", data.load_tokenizer("runs/shapes/tokenizer"))
+    model, tokenizer = CLIP.load("runs/shapes"), data.load_tokenizer("runs/shapes/tokenizer")
+    split = drawn_split("shapes", tokenizer)
     base = clip.evaluate(model, split)
     lora.load_adapter(model, study_folder / "r16-seed0")
     assert clip.evaluate(model, split) != base
@@ -1183,7 +1184,7 @@ def test_the_table_shows_mean_and_deviation_over_seeds():
     rows = [{"variant": "r=2", "trainable": 1000, "minutes": 1, "lowest val loss": loss, "val t2i_r1": recall,
              "val i2t_r1": 5} for loss, recall in ((1.0, 10), (3.0, 20))]
     line = finetune.table(rows, ["val"]).splitlines()[1]
-    assert line.split() == ["r=2", "0.0", "1,000", "1.0", "2.000", "±1.000", "15.0", "±5.0", "5.0"]
+    assert line.split() == ["r=2", "0.00", "1,000", "1.0", "2.000", "±1.000", "15.0", "±5.0", "5.0"]
 
 BAD_STUDY = {
     "rank zero": (["--r", "0"], "--r and --seeds"),
