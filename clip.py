@@ -13,22 +13,17 @@ H heads, D = C / H channels of a head, P pixels on the side of a patch, E channe
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 import data
 from data import InputError
-
-# Set by torchrun, which starts one process for each GPU.
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 # --- The model -------------------------------------------------------------------------------------------
 
@@ -261,7 +256,7 @@ class CLIP(nn.Module):
         """The model of a hub name, a Hugging Face folder or a run of this file, in eval mode on the CPU. Each
         weight of the file has its place here and each place its weight, or InputError is raised."""
         import transformers
-        if (Path(name_or_dir) / "checkpoint.pt").exists():
+        if (Path(name_or_dir) / CHECKPOINT).exists():
             return cls.load(name_or_dir)
         try:
             released, report = transformers.CLIPModel.from_pretrained(name_or_dir, output_loading_info=True)
@@ -318,17 +313,17 @@ def init_weights(model):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=std[name.split(".")[-1]])
                 nn.init.zeros_(module.bias)             # LayerNorms start with weight 1, bias 0 by themselves
-    vision, vision_width = model.vision_model.embeddings, model.config.vision.hidden_size ** -0.5
-    text, text_width = model.text_model.embeddings, model.config.text.hidden_size ** -0.5
-    nn.init.normal_(vision.class_embedding, std=vision_width)
-    nn.init.normal_(vision.position_embedding.weight, std=vision_width)
+    vision, text = model.vision_model.embeddings, model.text_model.embeddings
+    nn.init.normal_(vision.class_embedding, std=model.config.vision.hidden_size ** -0.5)
+    nn.init.normal_(vision.position_embedding.weight, std=model.config.vision.hidden_size ** -0.5)
     # Ours: a patch starts as strong as a position. With 1 / sqrt(fan in) alone it drowns the positions, and
     # what stands where is learnt last.
-    nn.init.normal_(vision.patch_embedding.weight, std=vision_width * (3 * model.config.patch_size ** 2) ** -0.5)
+    fan_in = 3 * model.config.patch_size ** 2
+    nn.init.normal_(vision.patch_embedding.weight, std=(fan_in * model.config.vision.hidden_size) ** -0.5)
     nn.init.normal_(text.token_embedding.weight, std=0.02)
     nn.init.normal_(text.position_embedding.weight, std=0.01)
-    nn.init.normal_(model.visual_projection.weight, std=vision_width)
-    nn.init.normal_(model.text_projection.weight, std=text_width)
+    nn.init.normal_(model.visual_projection.weight, std=model.config.vision.hidden_size ** -0.5)
+    nn.init.normal_(model.text_projection.weight, std=model.config.text.hidden_size ** -0.5)
     # The logarithm of one over the temperature, 0.07. A common slip, exp(0.07), starts at a scale of 1.07:
     # all logits are then nearly equal, and training crawls at chance.
     nn.init.constant_(model.logit_scale, math.log(1 / 0.07))
@@ -435,64 +430,23 @@ def trained_state(model):
     """What training changes: all parameters from scratch, the adapters with LoRA."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
+CHECKPOINT = "checkpoint.pt"
+
 def load_checkpoint(run_dir):
     """A run's checkpoint, on the CPU: {"last": weights to resume with, "best": weights of the best epoch,
     "optimizer", "history", "seconds"}. Raises InputError where there is none that can be read."""
-    path = Path(run_dir) / "checkpoint.pt"
+    path = Path(run_dir) / CHECKPOINT
     try:
         return torch.load(path, map_location="cpu", weights_only=True)      # data only: it can't bring code
     except Exception as error:                              # torch.load has a dozen ways to fail
         raise InputError(f"{path} is missing, damaged or no checkpoint ({type(error).__name__})") from error
 
-def gather(x):
-    """The rows of all processes, in their order: (B / processes, E) to (B, E), without a graph."""
-    if not dist.is_initialized():
-        return x.detach()
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.detach())
-    return torch.cat(parts)
-
-def backward(model, pixels, ids, micro_batch):
-    """The loss over the pairs of all processes, its gradient left in the parameters, in the memory of
-    micro_batch pairs. Exact, by "gradient caching" (Gao et al. 2021, arXiv:2101.06983):
-
-    1. Embed all pairs, in micro-batches. If there are several, keep no graph: that is what fills the memory.
-    2. The loss is a function of the embeddings alone: compute it, and its gradient for each of them.
-    3. Embed each micro-batch again, with its graph, and send the gradient of its embeddings back through it.
-
-    Several GPUs (torchrun) embed a part each, and see each other's embeddings in step 2.
-    """
-    micro_batches = list(zip(pixels.split(micro_batch), ids.split(micro_batch)))
-    seeds = torch.randint(2**62, (len(micro_batches),)).tolist()
-
-    def encode(i):
-        torch.manual_seed(seeds[i])                         # so that 1 and 3 drop out the same
-        with autocast(pixels.device):
-            return model.encode_image(micro_batches[i][0]), model.encode_text(micro_batches[i][1])
-
-    with torch.set_grad_enabled(len(micro_batches) == 1):
-        embeds = [encode(i) for i in range(len(micro_batches))]
-    image_embeds, text_embeds = (gather(torch.cat(part)).requires_grad_() for part in zip(*embeds))  # (B, E)
-    loss = contrastive_loss(model.similarity(image_embeds, text_embeds))
-    loss.backward()
-    own = slice(len(pixels) * RANK, len(pixels) * (RANK + 1))
-    gradients = zip(image_embeds.grad[own].split(micro_batch), text_embeds.grad[own].split(micro_batch))
-    for i, gradient in enumerate(gradients):
-        torch.autograd.backward(embeds[i] if len(embeds) == 1 else encode(i), gradient)
-    if dist.is_initialized():
-        # Every process has the gradient of its own pairs; that of the scale, which has all logits, is whole.
-        for parameter in model.parameters():
-            if parameter.grad is not None and parameter is not model.logit_scale:
-                dist.all_reduce(parameter.grad)
-    return loss.detach()
-
-SAVE_SHARE = 0.05
+SAVE_SHARE = 0.05   # of the time may go into saving: where epochs are faster than the disk, not each is saved
 
 def train(model, splits, args, run_dir):
     """Trains all that requires a gradient; returns the history, one evaluated row for each epoch.
 
-    Writes log.csv after each epoch, and the checkpoint too unless saving would take over SAVE_SHARE of the
-    time; best is the epoch of the highest rsum.
+    Writes log.csv after each epoch and the checkpoint often; its best epoch is that of the highest rsum.
     The batches of an epoch derive from (seed, epoch), crops and dropout from (seed, step): a resumed run does
     what an uninterrupted one does, on the CPU bit for bit. Raises InputError when the loss is not finite.
     """
@@ -504,7 +458,7 @@ def train(model, splits, args, run_dir):
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     history, seconds, best = [], 0.0, None
     saved, cost = time.perf_counter(), 1.0                  # when the last save was, and how long it took
-    if args.resume and (run_dir / "checkpoint.pt").exists():
+    if args.resume and (run_dir / CHECKPOINT).exists():
         state = load_checkpoint(run_dir)
         model.load_state_dict(state["last"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
@@ -519,19 +473,21 @@ def train(model, splits, args, run_dir):
         total, start = torch.zeros((), device=device), time.perf_counter()
         for i in range(steps_per_epoch):
             step = epoch * steps_per_epoch + i
-            torch.manual_seed((args.seed << 32) + step * WORLD_SIZE + RANK)
-            batch = pairs[i * args.batch_size:(i + 1) * args.batch_size]                # (B, 2)
-            photos, captions = batch.chunk(WORLD_SIZE)[RANK].T                          # this process's part
+            torch.manual_seed((args.seed << 32) + step)
+            photos, captions = pairs[i * args.batch_size:(i + 1) * args.batch_size].T   # (B,), (B,)
             pixels = augment(split.take(photos, device), size)                          # (B, 3, S, S)
             ids = split.tokens(captions, device)                                        # (B, T)
-            loss = backward(model, pixels, ids, args.micro_batch or len(batch))
+            with autocast(device):
+                logits_per_image = model(pixels, ids)                                   # (B, B)
+            loss = contrastive_loss(logits_per_image)
+            loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, args.lr, args.warmup)
             optimizer.step()
             optimizer.zero_grad()
             model.logit_scale.data.clamp_(max=math.log(100))        # the paper's bound (openai/CLIP #46)
-            total += loss
+            total += loss.detach()
             if (step + 1) % max(1, steps // 40) == 0:       # about 40 lines for a run of any length
                 value, scale = loss.item(), model.logit_scale.exp().item()
                 rate = (i + 1) * args.batch_size / (time.perf_counter() - start)
@@ -552,7 +508,7 @@ def train(model, splits, args, run_dir):
             best = {name: tensor.to("cpu", copy=True) for name, tensor in trained_state(model).items()}
         if epoch + 1 == args.epochs or cost <= SAVE_SHARE * (time.perf_counter() - saved):
             begin = time.perf_counter()
-            with data.atomic(run_dir / "checkpoint.pt") as temporary:
+            with data.atomic(run_dir / CHECKPOINT) as temporary:
                 torch.save({"last": trained_state(model), "best": best, "optimizer": optimizer.state_dict(),
                             "history": history, "seconds": seconds}, temporary)
             saved, cost = time.perf_counter(), time.perf_counter() - begin
@@ -596,50 +552,46 @@ def draw_retrieval(path, model, split):
 SHAPES = dict(model="tiny", tokenizer="train", epochs=9, batch_size=128, lr=1e-3, weight_decay=0.1)
 FREE = ("resume", "device", "compile", "out")               # flags that a resumed run may change
 
-NUMBERS = {     # flags that clip.py and finetune.py share: type, default, least, most, help
-    "epochs": (int, 55, 1, 1e6, "times that each photo is seen"),
-    "batch-size": (int, 256, 2, 1e6, "pairs that the loss compares, on all GPUs together"),
-    "micro-batch": (int, 0, 0, 1e6, "pairs in a GPU's memory at a time; 0 is all"),
-    "lr": (float, 5e-4, 0, 1e3, "peak learning rate"),
-    "weight-decay": (float, 0.2, 0, 1e3, "AdamW's, on matrices only"),
-    "warmup": (float, 0.1, 0, 1, "share of the steps in which lr rises"),
-    "seed": (int, 0, 0, 1e9, "of weights, batches and crops"),
-}
+class Parser(argparse.ArgumentParser):
+    """Wrong flags end as all bad input does: in one line and exit code 2."""
+
+    def error(self, message):
+        raise InputError(f"{message}; --help lists the flags")
 
 def add_shared_flags(parser):
+    """The flags that clip.py and finetune.py have in common."""
     group = parser.add_argument_group("optimisation")
-    for name, (kind, default, _, _, words) in NUMBERS.items():
-        group.add_argument(f"--{name}", type=kind, default=default, help=words)
+    group.add_argument("--epochs", type=int, default=55, help="times that each photo is seen")
+    group.add_argument("--batch-size", type=int, default=256, help="pairs in a step")
+    group.add_argument("--lr", type=float, default=5e-4, help="peak learning rate")
+    group.add_argument("--weight-decay", type=float, default=0.2, help="AdamW's, on matrices only")
+    group.add_argument("--warmup", type=float, default=0.1, help="share of the steps in which lr rises")
     group = parser.add_argument_group("run")
     group.add_argument("--data", default="flickr30k", metavar="DIR",
                        help="photos and captions, or `shapes`, `sketches`; ./flickr30k is fetched if missing")
     group.add_argument("--out", type=Path, metavar="DIR", help="folder of the run; None is runs/NAME")
     group.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    group.add_argument("--seed", type=int, default=0, help="of weights, batches and crops")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     group.add_argument("--no-compile", dest="compile", action="store_false", help="for short runs on CUDA")
 
 def checked(args):
-    """The flags with values that make sense; joins the processes where torchrun has started several."""
-    for name, (_, _, low, high, _) in NUMBERS.items():
-        if not low <= getattr(args, name.replace("-", "_")) <= high:
-            raise InputError(f"--{name} {getattr(args, name.replace('-', '_'))} is not in {low} ... {high:g}")
-    if args.batch_size % WORLD_SIZE:
-        raise InputError(f"--batch-size {args.batch_size} can't be split evenly among {WORLD_SIZE} processes")
+    """The flags, with values that make sense."""
+    for name, low, high in (("epochs", 1, 1e6), ("batch_size", 2, 1e6), ("lr", 0, 1e3),
+                            ("weight_decay", 0, 1e3), ("warmup", 0, 1), ("seed", 0, 1e9)):
+        if not low <= getattr(args, name) <= high:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag} {getattr(args, name)} is not between {low} and {high:g}")
     try:
-        if WORLD_SIZE > 1 and args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         args.device = torch.empty(1, device=args.device).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"no device {args.device} here: {str(error).splitlines()[0]}") from error
     args.compile = args.compile and args.device.type == "cuda"
-    if WORLD_SIZE > 1:
-        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
-        sys.stdout = open(os.devnull, "w") if RANK else sys.stdout      # one log for all
     return args
 
 def parse_args(argv):
-    parser = data.Parser(description=f"Train CLIP from scratch. `--data shapes` changes the defaults to {SHAPES}.",
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=f"Train CLIP from scratch. `--data shapes` changes the defaults to {SHAPES}.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("model")
     group.add_argument("--model", choices=PRESETS, default="ViT-B/16", help="size")
     group.add_argument("--text", choices=("bert", "causal"), default="bert", help="causal is OpenAI's")
@@ -653,11 +605,7 @@ def parse_args(argv):
 
 def load_data(args, tokenizer, config):
     """What data.load gives for --data and a model's configuration, on the device where it fits."""
-    if RANK:
-        dist.barrier()                                      # process 0 stores the photos, the others read them
     splits, tokenizer = data.load(args.data, tokenizer, config.image_size, config.max_position_embeddings)
-    if dist.is_initialized() and not RANK:
-        dist.barrier()
     if args.batch_size > len(splits["train"].photos):
         raise InputError(f"--batch-size {args.batch_size}: training has {len(splits['train'].photos)} photos")
     for split in splits.values():
@@ -684,28 +632,30 @@ def print_start(model, splits, args):
     """The opening block: device, size, data, steps, and the losses of a model that knows nothing."""
     vision, text, everything = (f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"
                                 for module in (model.vision_model, model.text_model, model))
-    cuda, steps = args.device.type == "cuda", args.epochs * (len(splits["train"].photos) // args.batch_size)
-    device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(f"device    {device} x {WORLD_SIZE}, {'bfloat16' if cuda else 'float32'}{', compiled' * args.compile}")
+    cuda, steps_per_epoch = args.device.type == "cuda", len(splits["train"].photos) // args.batch_size
+    device = torch.cuda.get_device_name(args.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+    print(f"device    {device}, {'bfloat16' if cuda else 'float32'}{', compiled' if args.compile else ''}")
     print(f"model     vision {vision} + text {text} + projections = {everything} parameters")
     for name, split in splits.items():
         print(f"{name:10s}{len(split.photos):,} photos, {len(split.captions):,} captions")
-    print(f"steps     {steps:,} of {args.batch_size} pairs in {args.epochs} epochs\nchance    training loss "
-          f"ln {args.batch_size} = {math.log(args.batch_size):.3f}, validation loss ln 64 = 4.159", flush=True)
+    print(f"steps     {args.epochs * steps_per_epoch:,} of {args.batch_size} pairs in {args.epochs} epochs")
+    print(f"chance    training loss ln {args.batch_size} = {math.log(args.batch_size):.3f}, "
+          f"validation loss ln 64 = {math.log(64):.3f}", flush=True)
 
 def finish(model, splits, history, args):
     """The closing block: the last and the best epoch on photos that chose nothing. Then the figures."""
     state, name = load_checkpoint(args.out), "test" if "test" in splits else "val"
-    best, lowest = max(history, key=lambda row: row["rsum"]), min(history, key=lambda row: row["loss"])
-    for which, row in (("last", history[-1]), ("best", best)):
+    epochs = {"last": history[-1]["epoch"], "best": max(history, key=lambda row: row["rsum"])["epoch"]}
+    for which, epoch in epochs.items():
         model.load_state_dict(state[which], strict=False)
-        print(f"{which} epoch {row['epoch']:3d}  {name} {describe(evaluate(model, splits[name]))}")
+        print(f"{which} epoch {epoch:3d}  {name} {describe(evaluate(model, splits[name]))}")
     draw_curve(args.out / "curve.png", history, len(splits["val"].photos))
     draw_retrieval(args.out / "retrieval.png", model, splits["val"])
-    rate = len(history) * len(splits["train"].photos) / history[-1]["minutes"] / 60
+    lowest, minutes = min(history, key=lambda row: row["loss"]), history[-1]["minutes"]
+    rate = len(history) * len(splits["train"].photos) / minutes / 60
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if args.device.type == "cuda" else ""
     print(f"lowest    validation loss {lowest['loss']:.4f}, in epoch {lowest['epoch']}")
-    print(f"done      {history[-1]['minutes']:.1f} min of training, {rate:,.0f} pairs/s{memory}: {args.out}")
+    print(f"done      {minutes:.1f} minutes of training, {rate:,.0f} pairs/s{memory}: {args.out}")
 
 def run(args):
     torch.set_float32_matmul_precision("high")              # TF32 for what stays in fp32, where there is any
@@ -721,9 +671,14 @@ def run(args):
     history = train(model, splits, args, args.out)
     finish(model, splits, history, args)
 
-def main(argv=None):
-    """The command. Returns its exit code."""
-    return data.command(argv, parse_args, run)
+def main(argv=None, parse_args=parse_args, run=run):
+    """A command: bad input, and a disk full or closed, end it with one line. Returns the exit code."""
+    try:
+        run(parse_args(argv))
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,7 +3,6 @@
 `load` returns the splits train, val and, where there is one, test: all photos as one uint8 array, all
 captions as one array of ids. A batch is two look-ups and an `augment`; there are no workers.
 """
-import argparse
 import csv
 import hashlib
 import itertools
@@ -27,21 +26,6 @@ from PIL import Image, ImageChops, ImageDraw, ImageOps
 
 class InputError(ValueError):
     """What the user gave can't be used. The message is one line: what is wrong, and what to do."""
-
-class Parser(argparse.ArgumentParser):
-    """Wrong flags end a command as all bad input does."""
-
-    def error(self, message):
-        raise InputError(f"{message}; --help lists the flags")
-
-def command(argv, parse_args, run):
-    """Runs a command. Bad input, or a disk that is full or closed, is one line and exit code 2."""
-    try:
-        run(parse_args(argv))
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 @contextmanager
 def atomic(path):

@@ -37,7 +37,6 @@ import finetune
 import lora
 from clip import CLIP, CLIPConfig, PRESETS, TowerConfig, contrastive_loss, recall_at_k
 
-HERE = Path(clip.__file__).parent
 slow = pytest.mark.skipif(os.environ.get("SLOW") != "1", reason="takes long: set SLOW=1")
 
 @pytest.fixture(autouse=True)
@@ -692,73 +691,6 @@ def test_bad_adapters_are_one_clear_error(name, tmp_path, monkeypatch):
     assert message in str(error.value) and len(str(error.value).splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
-# --- Many pairs, many processes --------------------------------------------------------------------------
-
-def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-@pytest.mark.parametrize("micro_batch", [1, 4, 5, 12])
-def test_micro_batches_leave_the_gradient_of_the_whole_batch(micro_batch):
-    model, pixels, ids = small_model(), photos(12), captions([3, 5, 9, 16] * 3, 16)
-    loss = contrastive_loss(model(pixels, ids))
-    loss.backward()
-    expected = gradients(model)
-    model.zero_grad()
-    assert difference(clip.backward(model, pixels, ids, micro_batch), loss) < 1e-6
-    assert difference(gradients(model), expected) < 1e-5
-
-def test_micro_batches_drop_out_the_same_in_both_passes():
-    model, pixels, ids = small_model(), photos(4), captions([3, 5, 9, 16], 16)
-    lora.add_lora(model.train(), 4, 8, dropout=0.5)
-    torch.nn.init.normal_(model.text_model.encoder.layers[0].self_attn.q_proj.lora_B)
-    torch.manual_seed(7)
-    clip.backward(model, pixels, ids, 2)
-    found = gradients(model)
-    torch.manual_seed(7)
-    embeds = []
-    for half, seed in zip((slice(0, 2), slice(2, 4)), torch.randint(2**62, (2,)).tolist()):
-        torch.manual_seed(seed)
-        embeds.append((model.encode_image(pixels[half]), model.encode_text(ids[half])))
-    model.zero_grad()
-    contrastive_loss(model.similarity(*map(torch.cat, zip(*embeds)))).backward()
-    assert difference(found, gradients(model)) < 1e-6
-
-TWO_PROCESSES = """
-import torch
-import clip, test_clip
-torch.distributed.init_process_group("gloo")
-torch.manual_seed(0)
-model, pixels = test_clip.small_model(), test_clip.photos(12)
-ids = test_clip.captions([3, 5, 9, 16] * 3, 16)
-own = slice(6 * clip.RANK, 6 * clip.RANK + 6)
-loss = clip.backward(model, pixels[own], ids[own], MICRO_BATCH)
-if clip.RANK == 0:
-    torch.save((loss, test_clip.gradients(model)), "found.pt")
-"""
-
-def torchrun(*command, cwd):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-                           "--master_port=0", *command], cwd=cwd, timeout=170, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
-
-@pytest.mark.parametrize("micro_batch", [6, 2])
-def test_two_processes_have_the_loss_and_the_gradient_of_one(micro_batch, tmp_path):
-    (tmp_path / "two.py").write_text(TWO_PROCESSES.replace("MICRO_BATCH", str(micro_batch)))
-    done = torchrun("two.py", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    loss, found = torch.load(tmp_path / "found.pt")
-    model, pixels, ids = small_model(), photos(12), captions([3, 5, 9, 16] * 3, 16)
-    expected = contrastive_loss(model(pixels, ids))
-    expected.backward()
-    assert difference(loss, expected) < 1e-6
-    assert difference(found, gradients(model)) < 1e-6
-
-def test_a_run_of_two_processes_is_logged_once_and_goes_on_in_one(album):
-    flags = (*TOY, "--data", "photos", "--epochs", "2")
-    done = torchrun(str(HERE / "clip.py"), *flags, cwd=album.parent)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("best epoch") == 1
-
 # --- Data ------------------------------------------------------------------------------------------------
 
 NAMES = [f"{i}.jpg" for i in range(120)]
@@ -1336,6 +1268,7 @@ def test_bad_input_is_one_line_and_exit_code_2(name, album, capsys, monkeypatch)
 
 # --- README ----------------------------------------------------------------------------------------------
 
+HERE = Path(clip.__file__).parent
 README = (HERE / "README.md").read_text()
 
 LIMITS = {"clip.py": 700, "data.py": 450, "lora.py": 200, "finetune.py": 350}
