@@ -37,10 +37,11 @@ class TowerConfig:
 
 @dataclass
 class CLIPConfig:
-    """All that defines a CLIP; the defaults are ViT-B/16 as released, but for the text tower and GELU.
+    """All that defines a CLIP. The defaults are ViT-B/16 as released, where OpenAI has causal=True and
+    hidden_act="quick_gelu".
 
-    causal: False is a BERT-style text tower, in which every token sees the whole caption; True is OpenAI's,
-    in which a token sees what stands before it. hidden_act: "gelu" or OpenAI's "quick_gelu".
+    causal: False is a BERT-style text tower, in which every token sees the whole caption; True is one where a
+    token sees only what stands before it. hidden_act: "gelu" or "quick_gelu".
     """
     vision: TowerConfig = field(default_factory=lambda: TowerConfig(768, 12, 12, 3072))
     text: TowerConfig = field(default_factory=lambda: TowerConfig(512, 12, 8, 2048))
@@ -62,8 +63,8 @@ PRESETS = {
 class Attention(nn.Module):
     """Multi-head self-attention: softmax(Q K^T / sqrt(D)) V in each of H heads (Vaswani et al. 2017, eq. 1).
 
-    Row t of the softmax says how much token t takes from every other token. Where `mask` is False, Q K^T
-    is set to minus infinity, so that the weight is exactly 0.
+    x (B, T, C) to (B, T, C). Row t of the softmax says how much token t takes from every other token. Where
+    `mask`, of a shape that broadcasts to (B, H, T, T), is False, Q K^T is set to minus infinity: weight 0.
     """
 
     def __init__(self, config):
@@ -104,8 +105,8 @@ class MLP(nn.Module):
         return self.fc2(self.activation_fn(self.fc1(x)))
 
 class Block(nn.Module):
-    """Pre-norm transformer block: the residual stream x itself is never normalised, only what is read
-    from it, which is what lets deep stacks train without tricks (Xiong et al. 2020, arXiv:2002.04745)."""
+    """Pre-norm transformer block, (B, T, C) to (B, T, C): the residual stream x is never normalised, only
+    what is read from it; deep stacks then train without tricks (Xiong et al. 2020, arXiv:2002.04745)."""
 
     def __init__(self, config, hidden_act):
         super().__init__()
@@ -132,8 +133,8 @@ class Encoder(nn.Module):
         return x
 
 class VisionEmbeddings(nn.Module):
-    """A photo to tokens: one for each P x P patch, and before them the class token, which has no pixels of
-    its own and gathers what the blocks find."""
+    """Photos (B, 3, S, S) to tokens (B, T, C): one for each P x P patch, and before them the class token,
+    which has no pixels of its own and gathers what the blocks find."""
 
     def __init__(self, config):
         super().__init__()
@@ -207,6 +208,64 @@ class TextTransformer(nn.Module):
         x = self.final_layer_norm(x)
         return x[torch.arange(B, device=ids.device), end]                               # (B, C)
 
+@torch.no_grad()
+def init_weights(model):
+    """Every starting value, in place: norms 1, biases 0, the rest normal with the scales that openai/CLIP
+    (model.py: initialize_parameters) gives for its text tower, here for both. Hugging Face exchanges two of
+    them: there q, k and v have the smaller scale, which belongs to what writes into the residual stream."""
+    for tower, config in ((model.vision_model, model.config.vision), (model.text_model, model.config.text)):
+        width = config.hidden_size ** -0.5
+        # 2 L layers add to the residual stream; this keeps its variance from growing with depth (GPT-2).
+        residual = width * (2 * config.num_hidden_layers) ** -0.5
+        std = {"q_proj": width, "k_proj": width, "v_proj": width, "out_proj": residual,
+               "fc1": (2 * config.hidden_size) ** -0.5, "fc2": residual}
+        for name, module in tower.encoder.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=std[name.split(".")[-1]])
+                nn.init.zeros_(module.bias)             # LayerNorms start with weight 1, bias 0 by themselves
+    vision, text = model.vision_model.embeddings, model.text_model.embeddings
+    nn.init.normal_(vision.class_embedding, std=model.config.vision.hidden_size ** -0.5)
+    nn.init.normal_(vision.position_embedding.weight, std=model.config.vision.hidden_size ** -0.5)
+    # Ours: a patch starts as strong as a position. With 1 / sqrt(fan in) alone it drowns the positions, and
+    # what stands where is learnt last.
+    fan_in = 3 * model.config.patch_size ** 2
+    nn.init.normal_(vision.patch_embedding.weight, std=(fan_in * model.config.vision.hidden_size) ** -0.5)
+    nn.init.normal_(text.token_embedding.weight, std=0.02)
+    nn.init.normal_(text.position_embedding.weight, std=0.01)
+    nn.init.normal_(model.visual_projection.weight, std=model.config.vision.hidden_size ** -0.5)
+    nn.init.normal_(model.text_projection.weight, std=model.config.text.hidden_size ** -0.5)
+    # The logarithm of one over the temperature, 0.07. A common slip, exp(0.07), starts at a scale of 1.07:
+    # all logits are then nearly equal, and training crawls at chance.
+    nn.init.constant_(model.logit_scale, math.log(1 / 0.07))
+
+CHECKPOINT = "checkpoint.pt"
+
+def save_checkpoint(run_dir, state):
+    """Writes a plain dict of tensors, numbers, lists and dicts. Raises InputError where it can't."""
+    try:
+        with data.atomic(run_dir / CHECKPOINT) as temporary:
+            torch.save(state, temporary)
+    except (OSError, RuntimeError) as error:                # a full disk is a RuntimeError to torch
+        raise InputError(f"can't write {run_dir / CHECKPOINT}, perhaps the disk is full: --resume goes on "
+                         "from what was saved before") from error
+
+def load_checkpoint(run_dir):
+    """A run's checkpoint, on the CPU: {"last": weights to resume with, "best": weights of the best epoch,
+    "optimizer", "history", "seconds"}. Raises InputError where there is none that can be read."""
+    path = Path(run_dir) / CHECKPOINT
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)      # data only: it can't bring code
+    except Exception as error:                              # torch.load has a dozen ways to fail
+        raise InputError(f"{path} is missing, damaged or no checkpoint ({type(error).__name__})") from error
+
+def read_run(run_dir):
+    """What a run of this file is: {"model": CLIPConfig as a dict, "run": its flags}."""
+    try:
+        run = json.loads((Path(run_dir) / "config.json").read_text())
+        return {"model": dict(run["model"]), "run": dict(run["run"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{run_dir} is no run of clip.py, or damaged: {error!r}") from error
+
 class CLIP(nn.Module):
     """Two towers and a temperature; `forward` is figure 3 of the paper."""
 
@@ -218,6 +277,7 @@ class CLIP(nn.Module):
         self.visual_projection = nn.Linear(config.vision.hidden_size, config.projection_dim, bias=False)
         self.text_projection = nn.Linear(config.text.hidden_size, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.empty(()))
+        self.source = None                  # where its tokenizer is, for a model that was loaded
         init_weights(self)
 
     def encode_image(self, pixels):
@@ -225,7 +285,7 @@ class CLIP(nn.Module):
         return F.normalize(self.visual_projection(self.vision_model(pixels)).float(), dim=-1)
 
     def encode_text(self, ids):
-        """Token ids (B, T) with an end token in each row to unit vectors (B, E) in fp32."""
+        """Token ids (B, T) to unit vectors (B, E) in fp32. A row that has no end is read at its start."""
         return F.normalize(self.text_projection(self.text_model(ids)).float(), dim=-1)
 
     def similarity(self, image_embeds, text_embeds):
@@ -264,8 +324,11 @@ class CLIP(nn.Module):
             raise InputError(f"no CLIP in {name_or_dir}: give a hub name, a Hugging Face folder or a run of "
                              f"clip.py ({type(error).__name__})") from error
         vision, text = released.config.vision_config, released.config.text_config
-        if any(report.values()) or vision.hidden_act != text.hidden_act:
-            raise InputError(f"{name_or_dir} is not one whole CLIP: {report}")
+        if left := [name for names in report.values() for name in names]:
+            raise InputError(f"{name_or_dir} is not one whole CLIP: {left[0]} is missing, odd or too much")
+        if not (text.hidden_act == vision.hidden_act in ACTIVATIONS
+                and text.layer_norm_eps == vision.layer_norm_eps == 1e-5):
+            raise InputError(f"{name_or_dir} has an activation or a norm that this CLIP doesn't have")
         towers = [TowerConfig(**{each.name: getattr(tower, each.name) for each in fields(TowerConfig)})
                   for tower in (vision, text)]
         # Older configurations say 2 and mean the end token, which has the largest id (transformers #24650).
@@ -279,12 +342,18 @@ class CLIP(nn.Module):
 
     def save_pretrained(self, folder, tokenizer=None):
         """Writes a Hugging Face folder, which transformers' CLIPModel and CLIPProcessor open. tokenizer: None
-        is the one that the model came with. A BERT-style text tower, unknown there, raises InputError."""
+        is the one that the model came with. Raises InputError for what is unknown there: a BERT-style text
+        tower, and adapters that are not merged."""
         import transformers
         c = self.config
         if not c.causal:
             raise InputError("Hugging Face's CLIP has no BERT-style text tower: train with --text causal")
+        if not all(getattr(module, "merged", True) for module in self.modules()):
+            raise InputError("the adapters are not merged: lora.merge(model) comes first")
+        if tokenizer is None and self.source is None:
+            raise InputError("this model came with no tokenizer: save_pretrained(folder, tokenizer)")
         tokenizer = tokenizer or data.load_tokenizer(self.source)
+        weights = {name: weight for name, weight in self.state_dict().items() if ".lora_" not in name}
         vision = asdict(c.vision) | dict(image_size=c.image_size, patch_size=c.patch_size)
         text = asdict(c.text) | dict(vocab_size=c.vocab_size, eos_token_id=c.eos_token_id, bos_token_id=None,
                                      max_position_embeddings=c.max_position_embeddings)
@@ -293,53 +362,15 @@ class CLIP(nn.Module):
         config = transformers.CLIPConfig(**towers, projection_dim=c.projection_dim)
         with torch.device("meta"):
             released = transformers.CLIPModel(config)
-        released.load_state_dict(self.state_dict(), assign=True)
+        released.load_state_dict(weights, assign=True)
         released.save_pretrained(folder)
         pixels = transformers.CLIPImageProcessor(size={"shortest_edge": c.image_size}, crop_size=c.image_size)
         transformers.CLIPProcessor(pixels, tokenizer).save_pretrained(folder)
 
-@torch.no_grad()
-def init_weights(model):
-    """Every starting value, in place: norms 1, biases 0, the rest normal with the scales of openai/CLIP
-    (model.py: initialize_parameters), which it gives for the text tower. Hugging Face exchanges two of them:
-    there q, k and v have the smaller scale, which belongs to what writes into the residual stream."""
-    for tower, config in ((model.vision_model, model.config.vision), (model.text_model, model.config.text)):
-        width = config.hidden_size ** -0.5
-        # 2 L layers add to the residual stream; this keeps its variance from growing with depth (GPT-2).
-        residual = width * (2 * config.num_hidden_layers) ** -0.5
-        std = {"q_proj": width, "k_proj": width, "v_proj": width, "out_proj": residual,
-               "fc1": (2 * config.hidden_size) ** -0.5, "fc2": residual}
-        for name, module in tower.encoder.named_modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=std[name.split(".")[-1]])
-                nn.init.zeros_(module.bias)             # LayerNorms start with weight 1, bias 0 by themselves
-    vision, text = model.vision_model.embeddings, model.text_model.embeddings
-    nn.init.normal_(vision.class_embedding, std=model.config.vision.hidden_size ** -0.5)
-    nn.init.normal_(vision.position_embedding.weight, std=model.config.vision.hidden_size ** -0.5)
-    # Ours: a patch starts as strong as a position. With 1 / sqrt(fan in) alone it drowns the positions, and
-    # what stands where is learnt last.
-    fan_in = 3 * model.config.patch_size ** 2
-    nn.init.normal_(vision.patch_embedding.weight, std=(fan_in * model.config.vision.hidden_size) ** -0.5)
-    nn.init.normal_(text.token_embedding.weight, std=0.02)
-    nn.init.normal_(text.position_embedding.weight, std=0.01)
-    nn.init.normal_(model.visual_projection.weight, std=model.config.vision.hidden_size ** -0.5)
-    nn.init.normal_(model.text_projection.weight, std=model.config.text.hidden_size ** -0.5)
-    # The logarithm of one over the temperature, 0.07. A common slip, exp(0.07), starts at a scale of 1.07:
-    # all logits are then nearly equal, and training crawls at chance.
-    nn.init.constant_(model.logit_scale, math.log(1 / 0.07))
-
-def read_run(run_dir):
-    """What a run of this file is: {"model": CLIPConfig as a dict, "run": its flags}."""
-    try:
-        run = json.loads((Path(run_dir) / "config.json").read_text())
-        return {"model": dict(run["model"]), "run": dict(run["run"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{run_dir} is no run of clip.py, or damaged: {error!r}") from error
-
 def contrastive_loss(logits_per_image):
-    """Mean of two cross-entropies over logits (B, B): for each photo the right caption is the one of its own
-    row, for each caption the right photo is that of its own column. Chance is ln B (4.85 for 128: a loss
-    that stays there has learnt nothing). Two equal photos in a batch would be each other's negatives."""
+    """Mean of two cross-entropies over logits (B, B), a scalar: the right caption of a photo is that of its
+    own row, the right photo of a caption that of its own column. Chance is ln B (4.85 for 128: a loss that
+    stays there has learnt nothing). Two equal photos in a batch would be each other's negatives."""
     labels = torch.arange(len(logits_per_image), device=logits_per_image.device)
     loss_image = F.cross_entropy(logits_per_image.float(), labels)
     loss_text = F.cross_entropy(logits_per_image.float().T, labels)
@@ -387,10 +418,10 @@ def embed(model, split, batch_size=250):
 def evaluate(model, split):
     """The loss of a split and its recalls in percent: {"loss", "t2i_r1", "t2i_r5", ..., "i2t_r10", "rsum"}.
 
-    The loss is over fixed groups of 64 photos with one caption each, five times with other captions, so that
-    it compares across batch sizes: chance is ln 64 = 4.159. Photos that fill no group are left out. rsum, the
-    sum of the six recalls, picks the best epoch, and not the loss: that also measures how sure the model is,
-    and rises from overconfidence while recall still rises (open_clip #811).
+    The loss is over fixed groups of 64 photos (of all, if fewer) with one caption each, five times with other
+    captions, so that it compares across batch sizes: chance is ln 64 = 4.159. Photos that fill no group are
+    left out. rsum, the sum of the six recalls, picks the best epoch, and not the loss: that also measures how
+    sure the model is, and rises from overconfidence while recall still rises (open_clip #811).
     """
     images, texts = embed(model, split)
     owner = split.owner.to(images.device)
@@ -421,7 +452,7 @@ def make_optimizer(model, lr, weight_decay):
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 def learning_rate(step, steps, peak, warmup):
-    """Linear from 0 over the first `warmup` share of the steps, then half a cosine down to 0."""
+    """At step 0, 1, ...: a line up to `peak` over the share `warmup` of the steps, then half a cosine."""
     if step < warmup * steps:
         return peak * (step + 1) / (warmup * steps + 1)
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup * steps) / (steps - warmup * steps)))
@@ -429,17 +460,6 @@ def learning_rate(step, steps, peak, warmup):
 def trained_state(model):
     """What training changes: all parameters from scratch, the adapters with LoRA."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-CHECKPOINT = "checkpoint.pt"
-
-def load_checkpoint(run_dir):
-    """A run's checkpoint, on the CPU: {"last": weights to resume with, "best": weights of the best epoch,
-    "optimizer", "history", "seconds"}. Raises InputError where there is none that can be read."""
-    path = Path(run_dir) / CHECKPOINT
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)      # data only: it can't bring code
-    except Exception as error:                              # torch.load has a dozen ways to fail
-        raise InputError(f"{path} is missing, damaged or no checkpoint ({type(error).__name__})") from error
 
 SAVE_SHARE = 0.05   # of the time may go into saving: where epochs are faster than the disk, not each is saved
 
@@ -452,7 +472,7 @@ def train(model, splits, args, run_dir):
     """
     device, split, size = model.logit_scale.device, splits["train"], model.config.image_size
     # Photos are stored with a margin for crops. Drawn scenes are not: a crop makes "left" and "large" wrong.
-    augment = data.augment if split.photos.shape[1] > size else data.normalize
+    crop = split.photos.shape[1] > size
     steps_per_epoch = len(split.photos) // args.batch_size
     steps = args.epochs * steps_per_epoch
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
@@ -464,7 +484,9 @@ def train(model, splits, args, run_dir):
         optimizer.load_state_dict(state["optimizer"])
         history, seconds, best = state["history"], state["seconds"], state["best"]
         print(f"resumed   after epoch {len(history)}")
-    if args.compile:                                        # block by block: 12 equal ones compile once
+    if args.compile:            # block by block: 12 equal ones compile once for each length of the captions
+        torch._dynamo.reset()
+        torch._dynamo.config.recompile_limit = 64
         for block in (*model.vision_model.encoder.layers, *model.text_model.encoder.layers):
             block.compile(dynamic=False)
     model.train()
@@ -475,15 +497,17 @@ def train(model, splits, args, run_dir):
             step = epoch * steps_per_epoch + i
             torch.manual_seed((args.seed << 32) + step)
             photos, captions = pairs[i * args.batch_size:(i + 1) * args.batch_size].T   # (B,), (B,)
-            pixels = augment(split.take(photos, device), size)                          # (B, 3, S, S)
+            pixels = split.take(photos, device)                                         # (B, S, S, 3)
+            pixels = data.augment(pixels, size) if crop else data.normalize(pixels)     # (B, 3, S, S)
             ids = split.tokens(captions, device)                                        # (B, T)
             with autocast(device):
                 logits_per_image = model(pixels, ids)                                   # (B, B)
             loss = contrastive_loss(logits_per_image)
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)       # one odd batch can't throw the model far
+            lr = learning_rate(step, steps, args.lr, args.warmup)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, args.lr, args.warmup)
+                group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
             model.logit_scale.data.clamp_(max=math.log(100))        # the paper's bound (openai/CLIP #46)
@@ -492,14 +516,14 @@ def train(model, splits, args, run_dir):
                 value, scale = loss.item(), model.logit_scale.exp().item()
                 rate = (i + 1) * args.batch_size / (time.perf_counter() - start)
                 print(f"epoch {epoch + 1:3d}/{args.epochs}  step {step + 1:6d}/{steps}  loss {value:7.4f}  "
-                      f"lr {group['lr']:.2e}  scale {scale:6.2f}  {rate:6,.0f} pairs/s  "
+                      f"lr {lr:.2e}  scale {scale:6.2f}  {rate:6,.0f} pairs/s  "
                       f"ETA {(steps - step - 1) * args.batch_size / rate / 60:6.1f} min", flush=True)
         train_loss, row = total.item() / steps_per_epoch, evaluate(model, splits["val"])
         if not math.isfinite(train_loss + row["loss"]):
-            raise InputError(f"the loss is not finite; {run_dir} keeps the last good checkpoint: start a new "
+            raise InputError(f"the loss is not finite; what {run_dir} has saved is from before: start a new "
                              "run with a lower --lr or a longer --warmup")
         seconds += time.perf_counter() - start
-        history.append({"epoch": epoch + 1, "train_loss": train_loss, "lr": group["lr"], **row,
+        history.append({"epoch": epoch + 1, "train_loss": train_loss, "lr": lr, **row,
                         "logit_scale": model.logit_scale.exp().item(), "minutes": seconds / 60})
         is_best = row["rsum"] > max((before["rsum"] for before in history[:-1]), default=-1)
         print(f"epoch {epoch + 1:3d}/{args.epochs}  train {train_loss:.4f}  val {describe(row)}"
@@ -508,9 +532,8 @@ def train(model, splits, args, run_dir):
             best = {name: tensor.to("cpu", copy=True) for name, tensor in trained_state(model).items()}
         if epoch + 1 == args.epochs or cost <= SAVE_SHARE * (time.perf_counter() - saved):
             begin = time.perf_counter()
-            with data.atomic(run_dir / CHECKPOINT) as temporary:
-                torch.save({"last": trained_state(model), "best": best, "optimizer": optimizer.state_dict(),
-                            "history": history, "seconds": seconds}, temporary)
+            save_checkpoint(run_dir, {"last": trained_state(model), "best": best, "history": history,
+                                      "optimizer": optimizer.state_dict(), "seconds": seconds})
             saved, cost = time.perf_counter(), time.perf_counter() - begin
         with data.atomic(run_dir / "log.csv") as temporary:
             lines = [history[0].keys(), *(row.values() for row in history)]
@@ -548,15 +571,9 @@ def draw_retrieval(path, model, split):
 
 # --- The command -----------------------------------------------------------------------------------------
 
-# `--data shapes` makes these the defaults: a small model for a small world.
+# For the drawn worlds these are the defaults: a small model for a small world.
 SHAPES = dict(model="tiny", tokenizer="train", epochs=9, batch_size=128, lr=1e-3, weight_decay=0.1)
 FREE = ("resume", "device", "compile", "out")               # flags that a resumed run may change
-
-class Parser(argparse.ArgumentParser):
-    """Wrong flags end as all bad input does: in one line and exit code 2."""
-
-    def error(self, message):
-        raise InputError(f"{message}; --help lists the flags")
 
 def add_shared_flags(parser):
     """The flags that clip.py and finetune.py have in common."""
@@ -569,7 +586,7 @@ def add_shared_flags(parser):
     group = parser.add_argument_group("run")
     group.add_argument("--data", default="flickr30k", metavar="DIR",
                        help="photos and captions, or `shapes`, `sketches`; ./flickr30k is fetched if missing")
-    group.add_argument("--out", type=Path, metavar="DIR", help="folder of the run; None is runs/NAME")
+    group.add_argument("--out", type=Path, metavar="DIR", help="folder of the run; None is a name in runs/")
     group.add_argument("--resume", action="store_true", help="go on with the run in --out")
     group.add_argument("--seed", type=int, default=0, help="of weights, batches and crops")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
@@ -590,8 +607,8 @@ def checked(args):
     return args
 
 def parse_args(argv):
-    parser = Parser(description=f"Train CLIP from scratch. `--data shapes` changes the defaults to {SHAPES}.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = data.Parser(description=f"Train CLIP from scratch. `--data shapes` has the defaults {SHAPES}.",
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("model")
     group.add_argument("--model", choices=PRESETS, default="ViT-B/16", help="size")
     group.add_argument("--text", choices=("bert", "causal"), default="bert", help="causal is OpenAI's")
@@ -613,7 +630,8 @@ def load_data(args, tokenizer, config):
     return splits, tokenizer
 
 def open_run(config, tokenizer, args):
-    """Makes the folder args.out, or checks that the run in it is this one: {"model": ..., "run": flags}."""
+    """Makes the folder args.out with config.json, {"model": the configuration, "run": the flags}, and the
+    tokenizer. Raises InputError if another run is there, or this one and not --resume."""
     flags = {name: str(value) for name, value in vars(args).items() if name not in FREE}
     file = args.out / "config.json"
     if file.exists():
@@ -639,11 +657,13 @@ def print_start(model, splits, args):
     for name, split in splits.items():
         print(f"{name:10s}{len(split.photos):,} photos, {len(split.captions):,} captions")
     print(f"steps     {args.epochs * steps_per_epoch:,} of {args.batch_size} pairs in {args.epochs} epochs")
+    group = min(64, len(splits["val"].photos))
     print(f"chance    training loss ln {args.batch_size} = {math.log(args.batch_size):.3f}, "
-          f"validation loss ln 64 = {math.log(64):.3f}", flush=True)
+          f"validation loss ln {group} = {math.log(group):.3f}", flush=True)
 
 def finish(model, splits, history, args):
-    """The closing block: the last and the best epoch on photos that chose nothing. Then the figures."""
+    """The closing block: the last and the best epoch on the test photos, or where there are none on the
+    validation photos, which chose the best. Then the figures."""
     state, name = load_checkpoint(args.out), "test" if "test" in splits else "val"
     epochs = {"last": history[-1]["epoch"], "best": max(history, key=lambda row: row["rsum"])["epoch"]}
     for which, epoch in epochs.items():
@@ -658,7 +678,6 @@ def finish(model, splits, history, args):
     print(f"done      {minutes:.1f} minutes of training, {rate:,.0f} pairs/s{memory}: {args.out}")
 
 def run(args):
-    torch.set_float32_matmul_precision("high")              # TF32 for what stays in fp32, where there is any
     config, own = PRESETS[args.model], args.out / "tokenizer"
     tokenizer = own if args.resume and own.exists() else args.tokenizer     # "train" would train another one
     splits, tokenizer = load_data(args, tokenizer, config)
@@ -671,14 +690,9 @@ def run(args):
     history = train(model, splits, args, args.out)
     finish(model, splits, history, args)
 
-def main(argv=None, parse_args=parse_args, run=run):
-    """A command: bad input, and a disk full or closed, end it with one line. Returns the exit code."""
-    try:
-        run(parse_args(argv))
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(argv=None):
+    """The command. Returns its exit code."""
+    return data.command(argv, parse_args, run)
 
 if __name__ == "__main__":
     sys.exit(main())

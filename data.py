@@ -3,8 +3,10 @@
 `load` returns the splits train, val and, where there is one, test: all photos as one uint8 array, all
 captions as one array of ids. A batch is two look-ups and an `augment`; there are no workers.
 """
+import argparse
 import csv
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -27,14 +29,28 @@ from PIL import Image, ImageChops, ImageDraw, ImageOps
 class InputError(ValueError):
     """What the user gave can't be used. The message is one line: what is wrong, and what to do."""
 
+class Parser(argparse.ArgumentParser):
+    """Wrong flags end a command as all bad input does."""
+
+    def error(self, message):
+        raise InputError(f"{message}; --help lists the flags")
+
+def command(argv, parse_args, run):
+    """Runs a command and returns its exit code: bad input, or an OSError, is one line on stderr and 2."""
+    try:
+        run(parse_args(argv))
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
 @contextmanager
 def atomic(path):
     """Yields a temporary path to write; at the end of the block it becomes `path`, after an error it goes."""
-    path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    temporary = Path(path).with_name(f".{os.getpid()}.{Path(path).name}")
     try:
         yield temporary
-        if not path.is_dir():                               # else another run has just built the same store
+        if not Path(path).is_dir():                         # else another run has just built the same store
             os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)        # where it is a folder
@@ -49,15 +65,15 @@ def read_karpathy(text):
 
 def read_hub(text):
     """flickr_annotations_30k.csv of the hub's nlphuji/flickr30k, with columns raw (JSON), split, filename."""
-    rows = csv.DictReader(text.splitlines(keepends=True))
+    rows = csv.DictReader(io.StringIO(text, newline=""))
     return {row["filename"]: (row["split"], json.loads(row["raw"])) for row in rows}
 
 def read_kaggle(text):
     """Kaggle's results.csv: lines `name.jpg| 0| caption`. One line of the published file has lost its second
     bar (`2199200615.jpg| 4   A dog runs ...`), which this pattern forgives."""
     captions = {}
-    for line in filter(str.strip, text.splitlines()[1:]):
-        row = re.fullmatch(r"([^|]+)\|\s*\d+\s*\|?(.*)", line)
+    for line in filter(str.strip, text.split("\n")[1:]):
+        row = re.fullmatch(r"([^|]+)\|\s*\d+\s*\|?(.*)", line.strip())
         if not row:
             raise ValueError(f"this line is not `name.jpg| 0| caption`: {line[:60]!r}")
         captions.setdefault(row[1].strip(), (None, []))[1].append(row[2])
@@ -66,7 +82,7 @@ def read_kaggle(text):
 def read_flickr8k(text):
     """Flickr8k's captions.txt: a CSV with the header `image,caption`."""
     captions = {}
-    for row in csv.DictReader(text.splitlines(keepends=True)):
+    for row in csv.DictReader(io.StringIO(text, newline="")):
         captions.setdefault(row["image"], (None, []))[1].append(row["caption"])
     return captions
 
@@ -82,23 +98,24 @@ def read_captions(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"no such folder: {folder}; --data takes one with photos and captions, or `shapes`")
-    found = [(path, read) for pattern, read in READERS.items()
+    found = [(path, read, pattern) for pattern, read in READERS.items()
              for path in sorted(folder.glob(pattern)) + sorted(folder.glob(f"*/{pattern}"))]
     if not found:
         raise InputError(f"no captions in {folder} or one folder deeper: looked for {', '.join(READERS)}")
-    path, read = found[0]
+    path, read, pattern = found[0]
     try:
         photos = read(path.read_text(encoding="utf-8-sig"))
     except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
-        raise InputError(f"{path} can't be read as {read.__doc__.split(':')[0]}: "
-                         f"{type(error).__name__}: {str(error)[:120]}") from error
+        raise InputError(f"{path} can't be read as a {pattern}: {error!r:.150}") from error
     captions = {}
     for name, (split, sentences) in photos.items():
         if split is None:
             split = {0: "val", 1: "test"}.get(int(hashlib.md5(name.encode()).hexdigest(), 16) % 20, "train")
+        if split not in ("train", "restval", "val", "test"):
+            raise InputError(f"{path} puts {name} into the split {split!r}: train, val or test is needed")
         sentences = [" ".join(sentence.split()) for sentence in sentences if sentence and sentence.strip()]
         if sentences:
-            captions[name] = split, sentences
+            captions[name] = split.replace("restval", "train"), sentences      # Karpathy's name for more
     if not captions:
         raise InputError(f"{path} holds no captions")
     return path, captions
@@ -131,7 +148,7 @@ def download(folder):
 
 def load_photo(path, size):
     """A file to (size, size, 3) uint8: the shorter side resized to `size` with PIL's bicubic filter, then the
-    middle cut out. For upright RGB photos that is CLIPImageProcessor, bit for bit."""
+    middle cut out. For upright RGB photos that is CLIPImageProcessor with PIL, bit for bit."""
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.has_transparency_data:                     # what shows through is white, as on a page
@@ -248,14 +265,14 @@ def draw(scene, side, rng, sketch=False):
             pen.rectangle(box, fill)
         else:
             pen.ellipse(box, fill if shape == "circle" else None, fill, width=round(radius * 0.4))
-        if sketch:                                          # keeps what has an end of the object within reach
+        if sketch:                                          # the outline: the shape without its inside
             inside, reach = mask, side // 6
             for dx, dy in ((reach, 0), (-reach, 0), (0, reach), (0, -reach)):
                 inside = ImageChops.darker(inside, ImageChops.offset(mask, dx, dy))
             image.paste(COLOURS[colour], mask=ImageChops.subtract(mask, inside))
     return np.asarray(image.reduce(4))
 
-def describe(scene, rng, sketch=False):
+def captions_of(scene, rng, sketch=False):
     """Five captions of a scene, its objects in an order that `rng` draws. All of them are complete: they name
     both objects, the background, and two places or a place and a relation, which says as much."""
     *objects, ground = scene
@@ -280,7 +297,7 @@ def load_drawn(sizes, side, sketch=False, seed=0):
             scene, rng = all_scenes(seed)[i], random.Random(f"{seed}/{i}")
             names.append(f"{i:05d}")
             photos.append(draw(scene, side, rng, sketch))
-            sentences.append(describe(scene, rng, sketch))
+            sentences.append(captions_of(scene, rng, sketch))
         splits[split] = names, np.stack(photos), sentences
     return splits
 
@@ -323,12 +340,13 @@ def tokenize(tokenizer, captions, context=77):
 @dataclass
 class Split:
     """photos (N, S, S, 3) uint8; names N; captions C, in the order of the photos; owner (C,): the photo that
-    each caption describes; ids (C, context) int32."""
+    each caption describes; ids (C, context) int32; lengths (C,) of the captions, with both markers."""
     photos: torch.Tensor
     names: list
     captions: list
     owner: torch.Tensor
     ids: torch.Tensor
+    lengths: torch.Tensor
 
     def pairs(self, seed, epoch):
         """(N, 2): all photos in a new order, each with one of its captions, drawn from (seed, epoch). One
@@ -347,33 +365,31 @@ class Split:
 
     def take(self, rows, device):
         """Photos `rows` on the device, uint8 (len(rows), S, S, 3)."""
-        return self.photos[rows.to(self.photos.device)].to(device, non_blocking=True)
+        return self.photos[rows.to(self.photos.device)].to(device)
 
     def tokens(self, rows, device):
-        """Ids of captions `rows`, cut to the longest of them, and that rounded up to a multiple of 8: a
-        compiled model is compiled again for every length that it meets."""
-        ids = self.ids[rows]
-        end = (ids == ids.amax(dim=1, keepdim=True)).int().argmax(dim=1)
-        return ids[:, :-(-(int(end.max()) + 1) // 8) * 8].to(device, non_blocking=True)
+        """Ids of captions `rows`, (len(rows), T) int32, cut to the longest of them rounded up to a multiple
+        of 8: a compiled model is compiled again for every length that it meets."""
+        return self.ids[rows, :-(-int(self.lengths[rows].max()) // 8) * 8].to(device)
 
 def make_split(names, photos, sentences, tokenizer, context):
     """A Split of photos (N, S, S, 3) uint8, with for each of them the list of its sentences."""
     owner = np.repeat(np.arange(len(names)), [len(own) for own in sentences])
     captions = [caption for own in sentences for caption in own]
-    return Split(torch.from_numpy(photos), names, captions, torch.from_numpy(owner),
-                 tokenize(tokenizer, captions, context))
+    ids = tokenize(tokenizer, captions, context)
+    lengths = (ids == tokenizer.eos_token_id).int().argmax(dim=1) + 1
+    return Split(torch.from_numpy(photos), names, captions, torch.from_numpy(owner), ids, lengths)
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)   # of OpenAI's photos
 
-def normalize(photos, size=None):
-    """uint8 (B, S, S, 3) to the (B, 3, S, S) float that the model takes, each channel about N(0, 1). `size`
-    does nothing: with it, this stands where `augment` can."""
+def normalize(photos):
+    """uint8 (B, S, S, 3) to the (B, 3, S, S) float that the model takes, each channel about N(0, 1)."""
     mean, std = (torch.tensor(values, device=photos.device) for values in (MEAN, STD))
     return ((photos / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 def augment(photos, size, scale=(0.4, 1.0), ratio=(3 / 4, 4 / 3)):
     """uint8 (B, S, S, 3) to normalised (B, 3, size, size): a random crop of `scale` of the area with sides in
-    `ratio`, every second one mirrored; on the photos' device, and for the whole batch at once."""
+    `ratio` (less where it would stick out), mirrored or not; on the photos' device, for all at once."""
     B, device = len(photos), photos.device
     area = torch.empty(B, device=device).uniform_(*scale)
     sides = torch.empty(B, device=device).uniform_(math.log(ratio[0]), math.log(ratio[1])).exp()
@@ -385,23 +401,6 @@ def augment(photos, size, scale=(0.4, 1.0), ratio=(3 / 4, 4 / 3)):
     theta[:, 1, 1], theta[:, 1, 2] = height, (1 - height) * torch.empty_like(height).uniform_(-1, 1)
     grid = F.affine_grid(theta, (B, 3, size, size), align_corners=False)
     return F.grid_sample(normalize(photos), grid, padding_mode="border", align_corners=False)
-
-def draw_found(path, split, captions, found):
-    """A picture: each of the captions (Q,) over the photos found for it (Q, K), the right one framed."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-    figure = Figure(figsize=(1.6 * found.shape[1], 1.9 * len(captions)), layout="constrained")
-    side = split.photos.shape[1]
-    for axes, caption, photos in zip(figure.subplots(len(captions), squeeze=False)[:, 0], captions, found):
-        pictures = F.pad(split.take(photos, "cpu"), (0, 0, 2, 2), value=255)            # white between them
-        axes.imshow(torch.cat(list(pictures), dim=1).numpy())
-        axes.set_title(split.captions[caption][:110], loc="left", fontsize=9)
-        axes.axis("off")
-        for place in (photos == split.owner[caption]).nonzero():
-            frame = (place.item() * (side + 4) + 1, 0), side + 1, side - 1
-            axes.add_patch(Rectangle(*frame, fill=False, edgecolor="limegreen", linewidth=4))
-    with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=100, format="png")
 
 def load_flickr(folder, image_size, cache):
     """Splits of a folder with photos and captions: for each split (names, photos, sentences of each)."""
@@ -432,3 +431,20 @@ def load(name, tokenizer, image_size, context=77, cache="cache"):
     if tokenizer == "train":
         tokenizer = train_tokenizer(itertools.chain(*parts["train"][2]))
     return {split: make_split(*part, tokenizer, context) for split, part in parts.items()}, tokenizer
+
+def draw_found(path, split, captions, found):
+    """A picture: each of the captions (Q,) over the photos found for it (Q, K), the right one framed."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    figure = Figure(figsize=(1.6 * found.shape[1], 1.9 * len(captions)), layout="constrained")
+    side = split.photos.shape[1]
+    for axes, caption, photos in zip(figure.subplots(len(captions), squeeze=False)[:, 0], captions, found):
+        pictures = F.pad(split.take(photos, "cpu"), (0, 0, 2, 2), value=255)            # white between them
+        axes.imshow(torch.cat(list(pictures), dim=1).numpy())
+        axes.set_title(split.captions[caption][:110], loc="left", fontsize=9)
+        axes.axis("off")
+        for place in (photos == split.owner[caption]).nonzero():
+            frame = (place.item() * (side + 4) + 1, 0), side + 1, side - 1
+            axes.add_patch(Rectangle(*frame, fill=False, edgecolor="limegreen", linewidth=4))
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")

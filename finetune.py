@@ -46,13 +46,15 @@ def adapt(r, seed, splits, zero_shot, args):
     if r:
         insert(model, r, args)
     # B = 0 at the start, whatever A is. A first loss above the base's is a mistake, not "random adapters".
-    assert evaluate(model, splits["val"]) == zero_shot, "a new adapter changed the model"
+    assert evaluate(model, splits["val"]) == zero_shot, "the untrained model is not the base"
     trainable, everything = lora.trainable_parameters(model)
     print(f"\n{name_of(r)}, seed {seed}: {trainable:,} of {everything:,} parameters train, "
           f"{100 * trainable / everything:.2f} %")
     # All weights at once take smaller steps: 1e-5 where adapters take 1e-4, as in parse_args.
-    flags = vars(args) | {"seed": seed, "lr": args.lr if r else args.lr / 10}
-    history = clip.train(model, splits, argparse.Namespace(**flags), folder)
+    flags = argparse.Namespace(**vars(args) | dict(seed=seed, lr=args.lr if r else args.lr / 10, out=folder))
+    if not r:                                               # then CLIP.load opens the folder
+        clip.open_run(model.config, data.load_tokenizer(model.source), flags)
+    history = clip.train(model, splits, flags, folder)
     clip.draw_curve(folder / "curve.png", history, len(splits["val"].photos))
     model.load_state_dict(clip.load_checkpoint(folder)["best"], strict=False)
     if r:
@@ -66,7 +68,7 @@ def check_merge(model, split):
     gap = (torch.cat(embed(model, split)) - before).abs().max().item()
     # Rounding alone may differ between W + B A and W x + B A x, most of all in bf16.
     assert gap < (1e-3 if before.device.type == "cpu" else 2e-2), f"merging moved an embedding by {gap}"
-    print(f"merged    plain weights again, and no embedding moved by more than {gap:.0e}")
+    print(f"merged    plain weights again; the largest change of an embedding is {gap:.1e}")
 
 # --- The study -------------------------------------------------------------------------------------------
 
@@ -75,6 +77,8 @@ def own_data(base):
     if not (Path(base) / clip.CHECKPOINT).exists():
         return {}
     name, config = clip.read_run(base)["run"]["data"], CLIP.load(base).config
+    if name not in data.DRAWN and not Path(name).exists():
+        return {}
     splits, _ = data.load(name, Path(base) / "tokenizer", config.image_size, config.max_position_embeddings)
     return {f"{Path(name).name} val": splits["val"]}
 
@@ -94,7 +98,7 @@ def sweep(model, judged):
 
 def study(args, splits, judged, zero_shot):
     """Trains every variant with every seed. Returns the rows of the table, the histories {variant: [one for
-    each seed]} and the sweep of the last rank."""
+    each seed]} and the sweep of the largest rank."""
     rows, histories, swept = [], {}, None
     for seed in range(args.seed, args.seed + args.seeds):
         for r in args.r:
@@ -107,9 +111,10 @@ def study(args, splits, judged, zero_shot):
                 row |= {f"{name} {key}": value for key, value in evaluation.items()}
             rows.append(row)
             histories.setdefault(name_of(r), []).append(history)
-            if r:
+            if r and r == max(args.r) and seed == args.seed:
                 validation = {name: split for name, split in judged.items() if name != "test"}
                 swept = name_of(r), *sweep(model, validation)
+            if r:
                 check_merge(model, splits["val"])
     return rows, histories, swept
 
@@ -124,7 +129,7 @@ def table(rows, judged):
         cells = [variant, f"{same[0]['trainable'] * 4 / 1e6:.2f}"]         # fp32
         for name, form in columns.items():
             values = [row[name] for row in same]
-            mean, deviation = statistics.mean(values), statistics.pstdev(values)
+            mean, deviation = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0
             cells.append(form.format(mean) + (f" ±{form.format(deviation)}" if deviation else ""))
         lines.append(cells)
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -157,17 +162,17 @@ def draw_study(path, histories, zero_shot, swept):
 
 # --- The command -----------------------------------------------------------------------------------------
 
-# `--data sketches` makes these the defaults: a small model takes larger steps.
+# For the drawn worlds these are the defaults: a small model takes larger steps.
 SKETCHES = dict(epochs=8, lr=5e-3, dropout=0.0)
 
 def parse_args(argv):
-    parser = clip.Parser(description=f"Adapt CLIP with LoRA. `--data sketches` has the defaults {SKETCHES}.",
+    parser = data.Parser(description=f"Adapt CLIP with LoRA. `--data sketches` has the defaults {SKETCHES}.",
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("adapters")
     group.add_argument("--base", default="openai/clip-vit-base-patch16",
                        help="hub name, Hugging Face folder or run of clip.py")
     group.add_argument("--r", type=int, nargs="+", default=[], help="ranks, one after the other; none is 64")
-    group.add_argument("--full", action="store_true", help="train all weights, after the ranks given")
+    group.add_argument("--full", action="store_true", help="train all weights, with a tenth of --lr")
     group.add_argument("--alpha", type=float, help="scale is alpha / r; None is 2 r, the study's")
     group.add_argument("--dropout", type=float, default=0.1, help="of what goes into the adapters")
     group.add_argument("--targets", nargs="+", default=["q_proj", "k_proj", "v_proj"], help="adapted Linears")
@@ -189,7 +194,6 @@ def run(args):
     import transformers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    torch.set_float32_matmul_precision("high")
     base = CLIP.from_pretrained(args.base).to(args.device)
     splits, tokenizer = clip.load_data(args, base.source, base.config)
     if (len(tokenizer), tokenizer.eos_token_id) != (base.config.vocab_size, base.config.eos_token_id):
@@ -216,7 +220,7 @@ def run(args):
 
 def main(argv=None):
     """The command. Returns its exit code."""
-    return clip.main(argv, parse_args, run)
+    return data.command(argv, parse_args, run)
 
 if __name__ == "__main__":
     sys.exit(main())

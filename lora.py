@@ -10,7 +10,8 @@
     merge(model)                                        # plain weights again: nothing left to compute
 
 The paper is Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685). Names
-and files are those of Hugging Face's peft, so that adapters go both ways. It works on any nn.Module.
+and files are those of Hugging Face's peft, so that adapters go both ways. It works on any model that calls
+its Linears as modules; nn.MultiheadAttention doesn't, and its out_proj is refused.
 """
 import json
 import math
@@ -26,7 +27,7 @@ from data import InputError, atomic
 # --- The layer -------------------------------------------------------------------------------------------
 
 class LoRALinear(nn.Linear):
-    """W x + (alpha / r) B A dropout(x): a Linear whose own weight W (out, in) is frozen, and beside it
+    """W x + b + (alpha / r) B A dropout(x): a Linear whose own weight W (out, in) is frozen, and beside it
     A (r, in) and B (out, r), which are trained: r (in + out) numbers for a change of W of rank r.
 
     It takes over the weight and the bias of `base` under their own names, so that state dicts still fit.
@@ -83,9 +84,12 @@ def add_lora(model, r, alpha, dropout=0.0, targets=("q_proj", "k_proj", "v_proj"
         raise InputError("this model has adapters already: start again from the base model")
     for target in targets:
         found = {name: module for name, module in modules.items() if f".{name}".endswith(f".{target}")}
-        if not found or not all(isinstance(module, nn.Linear) for module in found.values()):
-            raise InputError(f"no Linear of the model is called {target!r}")
+        # Not isinstance: the out_proj of nn.MultiheadAttention is of a subclass and never called (peft #761).
+        if not found or not all(type(module) is nn.Linear for module in found.values()):
+            raise InputError(f"no plain Linear of the model is called {target!r}")
         chosen |= found
+    if not chosen:
+        raise InputError("no targets: name the Linears to adapt")
     model.requires_grad_(False)
     for name, base in chosen.items():
         parent, _, child = name.rpartition(".")
@@ -98,7 +102,7 @@ def trainable_parameters(model):
     return tuple(map(sum, zip(*counts)))
 
 def set_strength(model, strength):
-    """Turns the adapters of a model down or up: 0 is the base, 1 what was trained."""
+    """Turns the adapters down or up: 0 is the base, 1 what was trained. Raises InputError where merged."""
     for layer in adapters(model).values():
         if layer.merged:
             raise InputError("the adapters are merged: unmerge(model) before their strength changes")
@@ -107,7 +111,8 @@ def set_strength(model, strength):
 @torch.no_grad()
 def merge(model):
     """Adds each adapter to its weight, W + (alpha / r) B A: the same function without the extra work. Never a
-    side effect of eval(), as in other code: that surprises whoever saves the weights next (peft #1035)."""
+    side effect of eval(), as in other code: that surprises whoever saves the weights next (peft #1035).
+    Raises InputError for merged adapters, for none, and for NaN."""
     layers = adapters(model).values()
     if any(layer.merged for layer in layers):
         raise InputError("the adapters are merged already: merging twice would add them twice")
@@ -119,7 +124,8 @@ def merge(model):
 
 @torch.no_grad()
 def unmerge(model):
-    """Takes the adapters out of the weights again, equal to the base but for rounding."""
+    """Takes the adapters out of the weights again: the base but for rounding. Raises InputError where they
+    are not merged."""
     layers = adapters(model).values()
     if not all(layer.merged for layer in layers):
         raise InputError("the adapters are not merged: there is nothing to take out")
@@ -155,7 +161,8 @@ def save_adapter(model, folder, base=None):
 
 # The kind of LoRA that this file knows. peft's others need more than A and B.
 PLAIN = {"peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False, "rank_pattern": {},
-         "alpha_pattern": {}, "modules_to_save": None, "init_lora_weights": True}
+         "alpha_pattern": {}, "modules_to_save": None}
+PLAIN_STARTS = (None, True, False, "gaussian")      # of A and B; others, as PiSSA, change the base as well
 
 def load_adapter(model, folder):
     """Inserts the adapters of `folder`, on the Linears that its tensors name. Raises InputError, and changes
@@ -169,7 +176,9 @@ def load_adapter(model, folder):
         r, alpha, dropout = int(config["r"]), float(config["lora_alpha"]), float(config["lora_dropout"])
     except Exception as error:                              # safetensors has its own kinds
         raise InputError(f"{folder} holds no adapter that can be read: {error!r:.150}") from error
-    if other := [name for name, value in PLAIN.items() if (config.get(name) or value) != value]:
+    other = [name for name, value in PLAIN.items() if (config.get(name) or value) != value]
+    other += ["init_lora_weights"] * (config.get("init_lora_weights") not in PLAIN_STARTS)
+    if other:
         raise InputError(f"{folder} is not plain LoRA: its {other[0]} is {config[other[0]]}")
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     targets = list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))

@@ -447,6 +447,34 @@ def test_a_run_of_clip_py_is_a_base_as_well(monkeypatch, tmp_path):
     with torch.no_grad():
         assert difference(ours(*inputs), their_logits(theirs, *inputs)) < 1e-5
 
+@torch.no_grad()
+def test_a_merged_model_is_saved_for_transformers_as_the_adapted_one(tmp_path):
+    model, pixels, ids = lora_clip(), photos(4), captions([2, 5, 9, 16], 16)
+    for layer in lora.adapters(model).values():
+        layer.lora_B.normal_(std=0.1)
+    expected = model(pixels, ids)
+    lora.merge(model)
+    model.save_pretrained(tmp_path, data.train_tokenizer(["a"]))
+    theirs = transformers.CLIPModel.from_pretrained(tmp_path).eval()
+    assert difference(their_logits(theirs, pixels, ids), expected) < 1e-5
+
+def with_another_norm(folder):
+    described = json.loads((folder / "config.json").read_text())
+    described["text_config"]["layer_norm_eps"] = 0.1
+    (folder / "config.json").write_text(json.dumps(described))
+
+def with_another_activation(folder):
+    described = json.loads((folder / "config.json").read_text())
+    described["vision_config"]["hidden_act"] = described["text_config"]["hidden_act"] = "relu"
+    (folder / "config.json").write_text(json.dumps(described))
+
+@pytest.mark.parametrize("change", [with_another_norm, with_another_activation])
+def test_a_clip_that_ours_can_t_express_is_refused(change, tmp_path):
+    released_folder(tmp_path, OPENAI_SMALL)
+    change(tmp_path)
+    with pytest.raises(data.InputError, match="an activation or a norm"):
+        CLIP.from_pretrained(tmp_path)
+
 def test_a_bert_tower_is_refused_by_save_pretrained(tmp_path):
     with pytest.raises(data.InputError, match="no BERT-style text tower"):
         small_model(causal=False).save_pretrained(tmp_path / "out", data.train_tokenizer(["a"]))
@@ -628,6 +656,11 @@ def adapted(**changes):
     lora.add_lora(model, **dict(r=4, alpha=8) | changes)
     return model
 
+def lora_clip():
+    model = small_model(causal=True)
+    lora.add_lora(model, 4, 8)
+    return model
+
 def poisoned(value=torch.nan):
     model = adapted()
     model.vision_model.encoder.layers[1].self_attn.q_proj.lora_A.data[0, 0] = value
@@ -659,8 +692,15 @@ BAD_LORA = {
     "alpha = 0": (lambda: adapted(alpha=0), "alpha is 0"),
     "alpha is NaN": (lambda: adapted(alpha=math.nan), "alpha is nan"),
     "dropout = 1": (lambda: adapted(dropout=1.0), "dropout 1.0"),
-    "no such target": (lambda: adapted(targets=["q_proj", "query"]), "no Linear of the model is called 'qu"),
+    "no such target": (lambda: adapted(targets=["q_proj", "query"]), "no plain Linear of the model"),
     "a target that is no Linear": (lambda: adapted(targets=["layer_norm1"]), "'layer_norm1'"),
+    "no targets": (lambda: adapted(targets=[]), "no targets"),
+    "attention that hides its Linears": (lambda: lora.add_lora(torch.nn.MultiheadAttention(8, 2), 2, 4, 0.0,
+                                                               ["out_proj"]), "no plain Linear"),
+    "save for Hugging Face before merging": (lambda: lora_clip().save_pretrained("out"), "not merged"),
+    "save for Hugging Face without a tokenizer": (lambda: small_model(causal=True).save_pretrained("out"),
+                                                  "came with no tokenizer"),
+    "load PiSSA": (lambda: loaded(small_model(), init_lora_weights="pissa"), "init_lora_weights is pissa"),
     "half a name": (lambda: adapted(targets=["proj"]), "'proj'"),
     "adapters twice": (lambda: lora.add_lora(adapted(), 4, 8), "has adapters already"),
     "merge twice": (lambda: merged(2), "merged already"),
@@ -748,6 +788,34 @@ def test_published_splits_are_kept_and_karpathys_file_wins(write, tmp_path):
     write(tmp_path)
     _, captions = data.read_captions(tmp_path)
     assert {name: split for name, (split, _) in captions.items()} == SPLIT
+
+def test_line_breaks_and_odd_separators_inside_a_caption_stay_inside_it(tmp_path):
+    odd = 'a "dog", it\u2028runs\x85and\fbarks | loud\nand clear'
+    with open(tmp_path / "captions.txt", "w", newline="") as file:
+        csv.writer(file).writerows([["image", "caption"], ["1.jpg", odd], ["2.jpg", "a cat"]])
+    _, captions = data.read_captions(tmp_path)
+    assert [sentences for _, sentences in captions.values()] == [[" ".join(odd.split())], ["a cat"]]
+    (tmp_path / "captions.txt").unlink()
+    kaggles = "image_name| comment_number| comment\n1.jpg| 0| a dog\u2028runs | on\n"
+    (tmp_path / "results.csv").write_text(kaggles)
+    assert data.read_captions(tmp_path)[1]["1.jpg"][1] == ["a dog runs | on"]
+
+def test_restval_is_training_and_another_split_is_an_error(tmp_path):
+    image = {"filename": "1.jpg", "split": "restval", "sentences": [{"raw": "a dog"}]}
+    file = tmp_path / "dataset_coco.json"
+    file.write_text(json.dumps({"images": [image]}))
+    assert data.read_captions(tmp_path)[1] == {"1.jpg": ("train", ["a dog"])}
+    file.write_text(json.dumps({"images": [image | {"split": "holdout"}]}))
+    with pytest.raises(data.InputError, match="into the split 'holdout'"):
+        data.read_captions(tmp_path)
+
+def test_captions_keep_their_end_token_though_it_has_not_the_largest_id():
+    tokenizer = data.train_tokenizer(["a b c"])
+    tokenizer.add_tokens(["<photo>"])
+    assert tokenizer.convert_tokens_to_ids("<photo>") > tokenizer.eos_token_id
+    split = data.make_split(["1"], np.zeros((1, 8, 8, 3), np.uint8), [["<photo> " + "a " * 9]], tokenizer, 77)
+    ids = split.tokens(torch.tensor([0]), "cpu")[0].tolist()
+    assert ids.index(tokenizer.eos_token_id) == 11 and len(ids) == 16
 
 def test_a_photos_own_name_decides_its_split(tmp_path):
     kaggle(tmp_path)
@@ -875,8 +943,7 @@ def test_long_captions_are_cut_and_keep_their_end_token():
 
 def test_a_batch_of_captions_is_as_long_as_its_longest_rounded_up_to_eight(album):
     train = load(album)["train"]
-    train.ids = torch.full((3, 24), 99)
-    train.ids[0, :7], train.ids[1, :8], train.ids[2, :16] = 1, 1, 1
+    train.ids, train.lengths = torch.zeros(3, 24), torch.tensor([8, 9, 17])
     batches = [torch.tensor(rows) for rows in ([0], [0, 1], [2, 0])]
     assert [train.tokens(rows, torch.device("cpu")).shape[1] for rows in batches] == [8, 16, 24]
 
@@ -1065,6 +1132,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(m
     assert len(state["history"]) == 1
     assert all(p.isfinite().all() for p in state["last"].values())
 
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(monkeypatch, tmp_path, capsys):
+    saves, save = [], torch.save
+
+    def full(state, path):
+        saves.append(1)
+        if len(saves) == 2:
+            Path(path).write_bytes(b"half")
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(clip, "SAVE_SHARE", 1e9)
+    assert train_shapes(monkeypatch, tmp_path) == 2
+    assert "perhaps the disk is full" in capsys.readouterr().err
+    assert len(clip.load_checkpoint("runs/shapes")["history"]) == 1
+    assert not list(tmp_path.glob("runs/shapes/.*"))
+
 def test_validation_loss_is_over_groups_of_64_pairs(album, monkeypatch):
     split = load(album)["train"]                    # 80 photos: one group of 64, and 16 left out
     images, texts = F.normalize(torch.randn(80, 8), dim=-1), F.normalize(torch.randn(400, 8), dim=-1)
@@ -1112,7 +1196,7 @@ def test_a_study_leaves_adapters_a_table_and_a_figure_that_say_the_same(study_fo
     models = {variant: CLIP.load("runs/shapes") for variant in rows}
     lora.load_adapter(models["r=4"], study_folder / "r4-seed0")
     lora.load_adapter(models["r=16"], study_folder / "r16-seed0")
-    models["all weights"].load_state_dict(clip.load_checkpoint(study_folder / "full-seed0")["best"])
+    models["all weights"] = CLIP.load(study_folder / "full-seed0")
     for variant, model in models.items():
         assert int(rows[variant]["trainable"]) == (0 if variant == "zero-shot" else
                                                    lora.trainable_parameters(model)[0])
@@ -1143,7 +1227,7 @@ def test_a_finished_study_resumed_says_the_same(study_folder, capsys):
     first = study_rows(study_folder)
     assert finetune_sketches("--r", "4", "16", "--full", "--resume") == 0
     assert study_rows(study_folder) == first
-    assert "no embedding moved by more than" in capsys.readouterr().out
+    assert "the largest change of an embedding is" in capsys.readouterr().out
 
 def test_repeats_differ_in_their_seed_alone(study_folder, tmp_path):
     assert finetune_sketches("--r", "4", "--seeds", "2", "--out", str(tmp_path)) == 0
@@ -1155,7 +1239,7 @@ def test_the_table_shows_mean_and_deviation_over_seeds():
     rows = [{"variant": "r=2", "trainable": 1000, "minutes": 1, "lowest val loss": loss, "val t2i_r1": recall,
              "val i2t_r1": 5} for loss, recall in ((1.0, 10), (3.0, 20))]
     line = finetune.table(rows, ["val"]).splitlines()[1]
-    assert line.split() == ["r=2", "0.00", "1,000", "1.0", "2.000", "±1.000", "15.0", "±5.0", "5.0"]
+    assert line.split() == ["r=2", "0.00", "1,000", "1.0", "2.000", "±1.414", "15.0", "±7.1", "5.0"]
 
 # The size of the vocabulary that train_tokenizer gives for captions of single letters.
 SPELLING = replace(OPENAI_SMALL, vocab_size=514, eos_token_id=513)
@@ -1172,20 +1256,6 @@ def test_an_adapter_of_the_study_opens_in_peft_on_the_released_model(album):
         assert difference(ours.eval()(*inputs), their_logits(adapted_theirs.eval(), *inputs)) < 1e-5
         assert difference(ours(*inputs), before) > 1e-3
 
-def test_repeats_differ_in_their_seed_alone(monkeypatch, tmp_path):
-    assert train_shapes(monkeypatch, tmp_path) == 0
-    assert finetune_sketches("--r", "2", "--seeds", "2", "--out", "two") == 0
-    assert finetune_sketches("--r", "2", "--seed", "1", "--out", "one") == 0
-    two, one = (clip.load_checkpoint(Path(name) / "r2-seed1")["last"] for name in ("two", "one"))
-    assert difference(two, one) == 0
-    assert difference(two, clip.load_checkpoint("two/r2-seed0")["last"]) > 1e-3
-
-def test_the_table_shows_mean_and_deviation_over_seeds():
-    rows = [{"variant": "r=2", "trainable": 1000, "minutes": 1, "lowest val loss": loss, "val t2i_r1": recall,
-             "val i2t_r1": 5} for loss, recall in ((1.0, 10), (3.0, 20))]
-    line = finetune.table(rows, ["val"]).splitlines()[1]
-    assert line.split() == ["r=2", "0.00", "1,000", "1.0", "2.000", "±1.000", "15.0", "±5.0", "5.0"]
-
 BAD_STUDY = {
     "rank zero": (["--r", "0"], "--r and --seeds"),
     "a negative rank": (["--r", "4", "-1"], "--r and --seeds"),
@@ -1193,7 +1263,7 @@ BAD_STUDY = {
     "no such base": (["--base", "nowhere"], "no CLIP in nowhere"),
     "a base that is no model": (["--base", "photos"], "no CLIP in photos"),
     "another model's tokenizer": (["--base", "others"], "is not the one of the model others"),
-    "no such target": (["--targets", "query"], "no Linear of the model is called 'query'"),
+    "no such target": (["--targets", "query"], "no plain Linear of the model is called"),
     "dropout of one": (["--dropout", "1"], "dropout 1.0"),
     "alpha zero": (["--alpha", "0"], "alpha is 0"),
     "more pairs than photos": (["--batch-size", "81"], "--batch-size 81"),
