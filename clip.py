@@ -321,8 +321,8 @@ class CLIP(nn.Module):
         try:
             released, report = transformers.CLIPModel.from_pretrained(name_or_dir, output_loading_info=True)
         except Exception as error:                          # the hub's client has dozens of kinds
-            raise InputError(f"no CLIP in {name_or_dir}: give a hub name, a Hugging Face folder or a run of "
-                             f"clip.py ({type(error).__name__})") from error
+            raise InputError(f"no CLIP in {name_or_dir}: give a Hugging Face folder, a run of clip.py as "
+                             "runs/shapes, or a hub name while there is a network") from error
         vision, text = released.config.vision_config, released.config.text_config
         if left := [name for names in report.values() for name in names]:
             raise InputError(f"{name_or_dir} is not one whole CLIP: {left[0]} is missing, odd or too much")
@@ -478,7 +478,9 @@ def train(model, splits, args, run_dir):
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     history, seconds, best = [], 0.0, None
     saved, cost = time.perf_counter(), 1.0                  # when the last save was, and how long it took
-    if args.resume and (run_dir / CHECKPOINT).exists():
+    if args.resume and not (run_dir / CHECKPOINT).exists():
+        print(f"resumed   from the start: {run_dir} has no checkpoint yet")
+    elif args.resume:
         state = load_checkpoint(run_dir)
         model.load_state_dict(state["last"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
@@ -558,7 +560,7 @@ def draw_curve(path, history, photos):
     for axes, label in ((left, "contrastive loss"), (right, f"recall over {photos:,} photos, %")):
         axes.set(xlabel="epoch", ylabel=label, ylim=(0, None))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     with data.atomic(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
 
@@ -590,7 +592,8 @@ def add_shared_flags(parser):
     group.add_argument("--resume", action="store_true", help="go on with the run in --out")
     group.add_argument("--seed", type=int, default=0, help="of weights, batches and crops")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    group.add_argument("--no-compile", dest="compile", action="store_false", help="for short runs on CUDA")
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True,
+                       help="torch.compile on CUDA; short runs don't repay it")
 
 def checked(args):
     """The flags, with values that make sense."""
@@ -604,10 +607,11 @@ def checked(args):
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"no device {args.device} here: {str(error).splitlines()[0]}") from error
     args.compile = args.compile and args.device.type == "cuda"
+    args.data = str(Path(args.data))                        # without a slash at its end
     return args
 
 def parse_args(argv):
-    parser = data.Parser(description=f"Train CLIP from scratch. `--data shapes` has the defaults {SHAPES}.",
+    parser = data.Parser(description=f"Train CLIP from scratch. Drawn worlds have the defaults {SHAPES}.",
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("model")
     group.add_argument("--model", choices=PRESETS, default="ViT-B/16", help="size")
@@ -622,6 +626,8 @@ def parse_args(argv):
 
 def load_data(args, tokenizer, config):
     """What data.load gives for --data and a model's configuration, on the device where it fits."""
+    if (args.out / "config.json").exists() and not args.resume:
+        raise InputError(f"{args.out} holds a run: --resume goes on with it, --out DIR starts another")
     splits, tokenizer = data.load(args.data, tokenizer, config.image_size, config.max_position_embeddings)
     if args.batch_size > len(splits["train"].photos):
         raise InputError(f"--batch-size {args.batch_size}: training has {len(splits['train'].photos)} photos")
@@ -635,8 +641,6 @@ def open_run(config, tokenizer, args):
     flags = {name: str(value) for name, value in vars(args).items() if name not in FREE}
     file = args.out / "config.json"
     if file.exists():
-        if not args.resume:
-            raise InputError(f"{args.out} holds a run: --resume goes on with it, --out DIR starts another")
         before = read_run(args.out)["run"]
         changed = [f"{name} was {before.get(name)}" for name in flags if before.get(name) != flags[name]]
         if changed:
@@ -657,13 +661,11 @@ def print_start(model, splits, args):
     for name, split in splits.items():
         print(f"{name:10s}{len(split.photos):,} photos, {len(split.captions):,} captions")
     print(f"steps     {args.epochs * steps_per_epoch:,} of {args.batch_size} pairs in {args.epochs} epochs")
-    group = min(64, len(splits["val"].photos))
-    print(f"chance    training loss ln {args.batch_size} = {math.log(args.batch_size):.3f}, "
-          f"validation loss ln {group} = {math.log(group):.3f}", flush=True)
+    for name, pairs in (("training", args.batch_size), ("validation", min(64, len(splits["val"].photos)))):
+        print(f"chance    {name} loss ln {pairs} = {math.log(pairs):.3f}", flush=True)
 
 def finish(model, splits, history, args):
-    """The closing block: the last and the best epoch on the test photos, or where there are none on the
-    validation photos, which chose the best. Then the figures."""
+    """The closing block: the last and the best epoch on the test photos, if there are any; the figures."""
     state, name = load_checkpoint(args.out), "test" if "test" in splits else "val"
     epochs = {"last": history[-1]["epoch"], "best": max(history, key=lambda row: row["rsum"])["epoch"]}
     for which, epoch in epochs.items():

@@ -1,7 +1,7 @@
 """Photos and captions to batches: Flickr30k in every form people have it, and two drawn worlds.
 
-`load` returns the splits train, val and, where there is one, test: all photos as one uint8 array, all
-captions as one array of ids. A batch is two look-ups and an `augment`; there are no workers.
+`load` returns the splits train, val and perhaps test: all photos as one uint8 array, all captions as one of
+ids. A batch is two look-ups and an `augment`; there are no workers.
 """
 import argparse
 import csv
@@ -31,7 +31,6 @@ class InputError(ValueError):
 
 class Parser(argparse.ArgumentParser):
     """Wrong flags end a command as all bad input does."""
-
     def error(self, message):
         raise InputError(f"{message}; --help lists the flags")
 
@@ -39,10 +38,13 @@ def command(argv, parse_args, run):
     """Runs a command and returns its exit code: bad input, or an OSError, is one line on stderr and 2."""
     try:
         run(parse_args(argv))
+        return 0
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    except KeyboardInterrupt:
+        print("stopped: --resume goes on from the last checkpoint, where there is one", file=sys.stderr)
+        return 130
 
 @contextmanager
 def atomic(path):
@@ -63,10 +65,16 @@ def read_karpathy(text):
     return {image["filename"]: (image["split"], [sentence["raw"] for sentence in image["sentences"]])
             for image in json.loads(text)["images"]}
 
+def csv_rows(text):
+    """The rows of a CSV file, as dicts. An unquoted comma or a lost quote would cut a caption: ValueError."""
+    for row in csv.DictReader(io.StringIO(text, newline=""), strict=True):
+        if None in row or None in row.values():
+            raise ValueError(f"this row has more or fewer cells than the header: {list(row.values())[:2]}")
+        yield row
+
 def read_hub(text):
     """flickr_annotations_30k.csv of the hub's nlphuji/flickr30k, with columns raw (JSON), split, filename."""
-    rows = csv.DictReader(io.StringIO(text, newline=""))
-    return {row["filename"]: (row["split"], json.loads(row["raw"])) for row in rows}
+    return {row["filename"]: (row["split"], json.loads(row["raw"])) for row in csv_rows(text)}
 
 def read_kaggle(text):
     """Kaggle's results.csv: lines `name.jpg| 0| caption`. One line of the published file has lost its second
@@ -82,7 +90,7 @@ def read_kaggle(text):
 def read_flickr8k(text):
     """Flickr8k's captions.txt: a CSV with the header `image,caption`."""
     captions = {}
-    for row in csv.DictReader(io.StringIO(text, newline="")):
+    for row in csv_rows(text):
         captions.setdefault(row["image"], (None, []))[1].append(row["caption"])
     return captions
 
@@ -91,20 +99,19 @@ READERS = {"dataset_*.json": read_karpathy, "flickr_annotations_30k.csv": read_h
            "results.csv": read_kaggle, "captions.txt": read_flickr8k}
 
 def read_captions(folder):
-    """The captions file of a folder (or one folder deeper), read: (path, {name: (split, captions)}).
-
-    Where the file has no split, a photo's own name decides, 1 in 20 each to val and test: file order doesn't
-    matter, and adding photos moves none. Raises InputError where there is no file or it can't be read."""
+    """The captions file of a folder (or one folder deeper), read: (path, {name: (split, captions)}). Where it
+    has no split, a photo's own name decides, 1 in 20 each to val and test: file order doesn't matter, and
+    adding photos moves none. Raises InputError where there is no file or it can't be read."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"no such folder: {folder}; --data takes one with photos and captions, or `shapes`")
-    found = [(path, read, pattern) for pattern, read in READERS.items()
+    found = [(path, pattern) for pattern in READERS
              for path in sorted(folder.glob(pattern)) + sorted(folder.glob(f"*/{pattern}"))]
     if not found:
         raise InputError(f"no captions in {folder} or one folder deeper: looked for {', '.join(READERS)}")
-    path, read, pattern = found[0]
+    path, pattern = found[0]
     try:
-        photos = read(path.read_text(encoding="utf-8-sig"))
+        photos = READERS[pattern](path.read_text(encoding="utf-8-sig"))
     except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
         raise InputError(f"{path} can't be read as a {pattern}: {error!r:.150}") from error
     captions = {}
@@ -112,7 +119,7 @@ def read_captions(folder):
         if split is None:
             split = {0: "val", 1: "test"}.get(int(hashlib.md5(name.encode()).hexdigest(), 16) % 20, "train")
         if split not in ("train", "restval", "val", "test"):
-            raise InputError(f"{path} puts {name} into the split {split!r}: train, val or test is needed")
+            raise InputError(f"{path} puts {name} into {split!r}, which is none of train, val and test")
         sentences = [" ".join(sentence.split()) for sentence in sentences if sentence and sentence.strip()]
         if sentences:
             captions[name] = split.replace("restval", "train"), sentences      # Karpathy's name for more
@@ -163,13 +170,12 @@ def load_photo(path, size):
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 def find_photos(captions_file, names):
-    """{name: path} for photos beside the captions file or one folder deeper; where there is none, the path
-    is one that doesn't exist."""
+    """{name: path} of photos beside the captions file or one folder deeper; of missing ones, an idle path."""
     if bad := next((name for name in names if Path(name).name != name), None):
         raise InputError(f"{captions_file} names the photo {bad!r}: give a file name without folders")
     folder = captions_file.parent
-    folders = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
-    paths = {entry.name: Path(entry.path) for place in reversed(folders) for entry in os.scandir(place)}
+    folders = [*sorted(path for path in folder.iterdir() if path.is_dir()), folder]     # the last one wins
+    paths = {path.name: path for place in folders for path in place.iterdir()}
     return {name: paths.get(name, folder / name) for name in names}
 
 def build_store(store, photos, size):
@@ -178,25 +184,22 @@ def build_store(store, photos, size):
     from tqdm import tqdm
     store.parent.mkdir(parents=True, exist_ok=True)
     names, broken = [], []
-
     def decode(path):
         try:
             return load_photo(path, size)
         except Exception:                                   # PIL raises almost anything on a damaged file
             return None
-
     # Threads are enough: PIL lets go of Python's lock while it decodes and resizes.
     with atomic(store) as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
         temporary.mkdir()
         with open(temporary / "photos.uint8", "wb") as file:
             decoded = pool.map(decode, photos.values())
-            for name, photo in zip(photos, tqdm(decoded, "decoding", len(photos), mininterval=1)):
+            for name, photo in zip(tqdm(photos, "decoding", mininterval=1), decoded):
                 (broken if photo is None else names).append(name)
                 if photo is not None:
                     file.write(photo)
         if len(broken) > 0.01 * len(photos):
-            raise InputError(f"{len(broken)} of {len(photos)} photos are missing or can't be read, "
-                             f"{photos[broken[0]]} for one")
+            raise InputError(f"{len(broken)} of {len(photos)} photos are missing or broken, as {broken[0]}")
         (temporary / "names.json").write_text(json.dumps(names))
     if broken:
         print(f"warning: left out, missing or not to be read: {', '.join(broken)}", file=sys.stderr)
@@ -210,7 +213,7 @@ def photo_store(photos, size, cache):
     if not store.exists():
         build_store(store, photos, size)
     names = json.loads((store / "names.json").read_text())
-    # mode "c": a private map. One that can't be written makes torch warn.
+    # mode "c", a private copy: torch warns of memory that can't be written
     return names, np.memmap(store / "photos.uint8", np.uint8, mode="c", shape=(len(names), size, size, 3))
 
 # --- Two drawn worlds ------------------------------------------------------------------------------------
@@ -238,8 +241,8 @@ SKETCH_WORDS = {"white": "peach", "grey": "sage", "black": "plum", "background":
 
 @cache
 def all_scenes(seed):
-    """The 64,800 scenes there are, each once, in the order of `seed`. A scene is ((object, place), (object,
-    place), ground), and an object (size, colour, shape)."""
+    """All 64,800 scenes in the order of `seed`: ((object, place), (object, place), ground), where an object
+    is (size, colour, shape)."""
     objects = list(itertools.product(SIZES, COLOURS, SHAPES))
     scenes = [((a, place_a), (b, place_b), ground) for a in objects for b in objects
               for place_a, place_b in itertools.combinations(PLACES, 2) for ground in GROUNDS]
@@ -247,8 +250,7 @@ def all_scenes(seed):
     return scenes
 
 def draw(scene, side, rng, sketch=False):
-    """A scene as (side, side, 3) uint8, each object shaken a little by `rng`. Drawn four times as large and
-    scaled down, for smooth edges."""
+    """A scene as (side, side, 3) uint8, objects shaken a little by `rng`, drawn at four times the size."""
     *objects, ground = scene
     image = Image.new("RGB", (4 * side, 4 * side), (SKETCH_GROUNDS if sketch else GROUNDS)[ground])
     for (size, colour, shape), place in objects:
@@ -314,7 +316,7 @@ def train_tokenizer(captions, vocab_size=8192):
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, special_tokens=letters, show_progress=False,
                                   end_of_word_suffix="</w>")
     blank.train_from_iterator(captions, trainer)
-    merges = list(map(tuple, json.loads(blank.to_str())["model"]["merges"]))
+    merges = [tuple(merge) for merge in json.loads(blank.to_str())["model"]["merges"]]
     tokens = [*letters, *("".join(merge) for merge in merges), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges=merges)
 
@@ -326,8 +328,8 @@ def load_tokenizer(name):
         assert len(tokenizer) > 3                           # an empty one is what no folder gives, offline
         return tokenizer
     except Exception as error:                              # the hub's client has dozens of kinds
-        raise InputError(f"no tokenizer {name}: give a hub name, a folder with vocab.json and merges.txt, or "
-                         f"`train` to make one from the captions ({type(error).__name__})") from error
+        raise InputError(f"no tokenizer {name}: give a folder that holds one, a hub name while there is a "
+                         f"network, or `train` to make one from the captions") from error
 
 def tokenize(tokenizer, captions, context=77):
     """Captions to int32 ids (len(captions), context). Longer ones are cut, and keep their end token: that is
@@ -414,13 +416,12 @@ def load_flickr(folder, image_size, cache):
             names, photos = photo_store(chosen, size, cache)
             splits[split] = names, photos, [captions[name][1] for name in names]
         elif split != "test":
-            raise InputError(f"{captions_file} has no {split} photos")
+            raise InputError(f"{captions_file} has no {split} photos: a dataset_*.json can name them")
     return splits
 
 def load(name, tokenizer, image_size, context=77, cache="cache"):
-    """({"train", "val" and perhaps "test": Split}, tokenizer) of the data `name`: "shapes", "sketches" or a
-    folder; ./flickr30k is downloaded if it isn't there. For models of this image_size and captions of up to
-    `context` tokens. tokenizer: hub name, folder or "train"."""
+    """({"train", "val" and perhaps "test": Split}, tokenizer) of the data `name`, a drawn world or a folder,
+    for a model of this image_size and context (tokens). tokenizer: hub name, folder or "train"."""
     if name == "flickr30k" and not Path(name).exists():
         download(name)
     tokenizer = tokenizer if tokenizer == "train" else load_tokenizer(tokenizer)
@@ -437,14 +438,13 @@ def draw_found(path, split, captions, found):
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
     figure = Figure(figsize=(1.6 * found.shape[1], 1.9 * len(captions)), layout="constrained")
-    side = split.photos.shape[1]
     for axes, caption, photos in zip(figure.subplots(len(captions), squeeze=False)[:, 0], captions, found):
         pictures = F.pad(split.take(photos, "cpu"), (0, 0, 2, 2), value=255)            # white between them
         axes.imshow(torch.cat(list(pictures), dim=1).numpy())
         axes.set_title(split.captions[caption][:110], loc="left", fontsize=9)
         axes.axis("off")
-        for place in (photos == split.owner[caption]).nonzero():
-            frame = (place.item() * (side + 4) + 1, 0), side + 1, side - 1
-            axes.add_patch(Rectangle(*frame, fill=False, edgecolor="limegreen", linewidth=4))
+        for place in (photos == split.owner[caption]).nonzero()[:, 0].tolist():
+            corner, side = (place * pictures.shape[2] + 1, 0), pictures.shape[1]
+            axes.add_patch(Rectangle(corner, side + 1, side - 1, fill=False, ec="limegreen", lw=4))
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png")

@@ -166,7 +166,7 @@ def draw_study(path, histories, zero_shot, swept):
 SKETCHES = dict(epochs=8, lr=5e-3, dropout=0.0)
 
 def parse_args(argv):
-    parser = data.Parser(description=f"Adapt CLIP with LoRA. `--data sketches` has the defaults {SKETCHES}.",
+    parser = data.Parser(description=f"Adapt CLIP with LoRA. Drawn worlds have the defaults {SKETCHES}.",
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("adapters")
     group.add_argument("--base", default="openai/clip-vit-base-patch16",

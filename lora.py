@@ -156,6 +156,7 @@ def save_adapter(model, folder, base=None):
     folder.mkdir(parents=True, exist_ok=True)
     with atomic(folder / "adapter_model.safetensors") as temporary:
         save_file(tensors, temporary, {"format": "pt"})
+        temporary.chmod(0o644)                              # safetensors lets nobody else read it
     with atomic(folder / "adapter_config.json") as temporary:
         temporary.write_text(json.dumps(config, indent=1))
 

@@ -800,13 +800,23 @@ def test_line_breaks_and_odd_separators_inside_a_caption_stay_inside_it(tmp_path
     (tmp_path / "results.csv").write_text(kaggles)
     assert data.read_captions(tmp_path)[1]["1.jpg"][1] == ["a dog runs | on"]
 
+@pytest.mark.parametrize("rows, message", [
+    ("image,caption\n1.jpg,a dog , a cat\n", "more or fewer cells"),
+    ("image,caption\n1.jpg\n", "more or fewer cells"),
+    ('image,caption\n1.jpg,"a dog\n2.jpg,a cat\n', "unexpected end of data"),
+    ("name,text\n1.jpg,a dog\n", "'image'")])
+def test_a_csv_that_would_lose_words_is_refused(rows, message, tmp_path):
+    (tmp_path / "captions.txt").write_text(rows)
+    with pytest.raises(data.InputError, match=message):
+        data.read_captions(tmp_path)
+
 def test_restval_is_training_and_another_split_is_an_error(tmp_path):
     image = {"filename": "1.jpg", "split": "restval", "sentences": [{"raw": "a dog"}]}
     file = tmp_path / "dataset_coco.json"
     file.write_text(json.dumps({"images": [image]}))
     assert data.read_captions(tmp_path)[1] == {"1.jpg": ("train", ["a dog"])}
     file.write_text(json.dumps({"images": [image | {"split": "holdout"}]}))
-    with pytest.raises(data.InputError, match="into the split 'holdout'"):
+    with pytest.raises(data.InputError, match="1.jpg into 'holdout'"):
         data.read_captions(tmp_path)
 
 def test_captions_keep_their_end_token_though_it_has_not_the_largest_id():
@@ -906,7 +916,7 @@ def test_the_store_is_reused_until_a_photo_changes(album, monkeypatch):
 def test_a_store_that_fails_leaves_nothing_behind(album):
     for name in NAMES[2:30]:
         (album / "images" / name).write_bytes(b"no photo")
-    with pytest.raises(data.InputError, match="can't be read"):
+    with pytest.raises(data.InputError, match="missing or broken"):
         load(album)
     assert list(Path("cache").iterdir()) == []
 
@@ -1085,8 +1095,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(monkeypatch, tmp_pat
 
     monkeypatch.setattr(clip, "evaluate", interrupted)
     monkeypatch.setattr(clip, "SAVE_SHARE", 1e9)            # saves after every epoch
-    with pytest.raises(KeyboardInterrupt):
-        train_shapes(monkeypatch, tmp_path, "--out", "halves")
+    assert train_shapes(monkeypatch, tmp_path, "--out", "halves") == 130
     monkeypatch.undo()
     assert train_shapes(monkeypatch, tmp_path, "--out", "halves", "--resume") == 0
     whole, halves = (clip.load_checkpoint(tmp_path / name) for name in ("whole", "halves"))
@@ -1116,6 +1125,12 @@ def test_the_logit_scale_never_leaves_a_step_above_100(monkeypatch, tmp_path):
     assert train_shapes(monkeypatch, tmp_path) == 0
     scale = clip.load_checkpoint("runs/shapes")["last"]["logit_scale"].exp().item()
     assert 90 < scale < 100.001
+
+def test_ctrl_c_is_one_line_and_exit_code_130(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(clip, "train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert train_shapes(monkeypatch, tmp_path) == 130
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and error.startswith("stopped: --resume goes on")
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(monkeypatch, tmp_path, capsys):
     loss, steps = clip.contrastive_loss, []
@@ -1291,7 +1306,7 @@ def damaged(run):
 BAD = {
     "no such folder": (["--data", "nowhere"], "no such folder"),
     "no captions file": (["--data", "empty"], "no captions in empty"),
-    "captions without photos": (["--data", "alone"], "are missing"),
+    "captions without photos": (["--data", "alone"], "are missing or broken"),
     "an empty captions file": (["--data", "blank"], "holds no captions"),
     "the wrong delimiter": (["--data", "commas"], "this line is not"),
     "a split without photos": (["--data", "trainonly"], "no val photos"),
