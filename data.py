@@ -241,8 +241,7 @@ SKETCH_WORDS = {"white": "peach", "grey": "sage", "black": "plum", "background":
 
 @cache
 def all_scenes(seed):
-    """All 64,800 scenes in the order of `seed`: ((object, place), (object, place), ground), where an object
-    is (size, colour, shape)."""
+    """All 64,800 scenes, shuffled: ((thing, place), (thing, place), ground), thing (size, colour, shape)."""
     objects = list(itertools.product(SIZES, COLOURS, SHAPES))
     scenes = [((a, place_a), (b, place_b), ground) for a in objects for b in objects
               for place_a, place_b in itertools.combinations(PLACES, 2) for ground in GROUNDS]
@@ -334,8 +333,9 @@ def load_tokenizer(name):
 def tokenize(tokenizer, captions, context=77):
     """Captions to int32 ids (len(captions), context). Longer ones are cut, and keep their end token: that is
     where the model reads the caption's embedding (openai/CLIP #212)."""
-    ids = tokenizer(captions, padding="max_length", truncation=True, max_length=context)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int32)
+    form = dict(padding="max_length", truncation=True, max_length=context)
+    parts = (captions[i:i + 5000] for i in range(0, len(captions), 5000))       # lists of all ids fill memory
+    return torch.cat([torch.tensor(tokenizer(part, **form)["input_ids"]).int() for part in parts])
 
 # --- Splits and batches ----------------------------------------------------------------------------------
 
