@@ -9,6 +9,7 @@ import http.server
 import json
 import math
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -999,6 +1000,48 @@ def test_reading_half_a_caption_fails_on_shapes():
     chance = np.mean([1 / halves.count(half) for half in halves])
     print(f"R@1 of a reader of one object and its place: {chance:.3f}")
     assert chance < 0.35
+
+def mutated(content, rng):
+    """Bytes with a few of them changed, cut out, doubled or replaced by what parsers stumble over."""
+    content = bytearray(content)
+    for _ in range(rng.choice([1, 1, 2, 5, 20])):
+        i = rng.randrange(len(content) + 1)
+        odd = rng.choice([b"\0", b'"', b"|", b",", b"\n", b"\xff\xfe", b"null", b"[]", b"\xe2\x80\xa8"])
+        content[i:i + rng.choice([0, 0, 1, 3, 30])] = rng.choice([b"", odd, content[max(0, i - 50):i]])
+    return bytes(content[:rng.choice([None, None, len(content) // 2])])
+
+@pytest.mark.parametrize("write", [karpathy, kaggle, hub, flickr8k])
+def test_500_mutated_captions_files_are_read_or_refused_in_one_line(write, tmp_path):
+    write(tmp_path)
+    file, rng, refused = next(tmp_path.iterdir()), random.Random(0), 0
+    content = file.read_bytes()[:3000]
+    for _ in range(500):
+        file.write_bytes(mutated(content, rng))
+        try:
+            _, captions = data.read_captions(tmp_path)
+            data.find_photos(file, captions)
+            assert all(split in ("train", "val", "test") and all(c == c.strip() != "" for c in sentences)
+                       for split, sentences in captions.values())
+        except data.InputError as error:
+            refused += 1
+            assert len(str(error).splitlines()) == 1
+    assert refused > 50
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "WEBP"])
+def test_500_mutated_photos_give_pixels_or_an_exception_that_the_store_catches(form, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "good", form)
+    rng, content, broken = random.Random(0), (tmp_path / "good").read_bytes(), 0
+    for _ in range(500):
+        (tmp_path / "1.jpg").write_bytes(mutated(content, rng))
+        try:
+            assert data.load_photo(tmp_path / "1.jpg", 16).shape == (16, 16, 3)
+        except AssertionError:
+            raise
+        except Exception:
+            broken += 1
+    assert 50 < broken < 500
 
 @pytest.fixture
 def hub_server(tmp_path):
