@@ -11,6 +11,7 @@ They leave runs/BASE-DATA/: a folder for each, its adapter in peft's format, and
 Data, loss, metrics and training loop are those of clip.py: what stands here is what adaptation changes.
 """
 import argparse
+import copy
 import csv
 import statistics
 import sys
@@ -33,15 +34,16 @@ def insert(model, r, args):
     """Adapters of rank r with the flags' alpha (the study's is 2 r), dropout and targets."""
     lora.add_lora(model, r, 2 * r if args.alpha is None else args.alpha, args.dropout, args.targets)
 
-def adapt(r, seed, splits, zero_shot, args):
-    """Trains adapters of rank r, or all weights if r is 0. Returns the best epoch's model and the history.
+def adapt(base, r, seed, splits, zero_shot, args):
+    """Trains a copy of the base: adapters of rank r, or all its weights if r is 0. Returns the model of the
+    best epoch and the history.
 
     Leaves a folder with the log, the curve, a checkpoint and the adapter. zero_shot: the base's evaluation on
     the validation photos, which that of the untrained adapters must equal.
     """
     folder = args.out / f"{f'r{r}' if r else 'full'}-seed{seed}"
     folder.mkdir(exist_ok=True)
-    model = CLIP.from_pretrained(args.base).to(args.device)
+    model = copy.deepcopy(base)
     torch.manual_seed(seed)
     if r:
         insert(model, r, args)
@@ -72,14 +74,15 @@ def check_merge(model, split):
 
 # --- The study -------------------------------------------------------------------------------------------
 
-def own_data(base):
+def own_data(run_dir, config):
     """{name: validation split} of what a run of clip.py was trained on, to see what it forgets; else {}."""
-    if not (Path(base) / clip.CHECKPOINT).exists():
+    if not (Path(run_dir) / clip.CHECKPOINT).exists():
         return {}
-    name, config = clip.read_run(base)["run"]["data"], CLIP.load(base).config
+    name = clip.read_run(run_dir)["run"]["data"]
     if name not in data.DRAWN and not Path(name).exists():
         return {}
-    splits, _ = data.load(name, Path(base) / "tokenizer", config.image_size, config.max_position_embeddings)
+    tokenizer = Path(run_dir) / "tokenizer"
+    splits, _ = data.load(name, tokenizer, config.image_size, config.max_position_embeddings)
     return {f"{Path(name).name} val": splits["val"]}
 
 def recall_at_1(row):
@@ -96,13 +99,13 @@ def sweep(model, judged):
     lora.set_strength(model, 1.0)
     return strengths, curves
 
-def study(args, splits, judged, zero_shot):
+def study(base, args, splits, judged, zero_shot):
     """Trains every variant with every seed. Returns the rows of the table, the histories {variant: [one for
     each seed]} and the sweep of the largest rank."""
     rows, histories, swept = [], {}, None
     for seed in range(args.seed, args.seed + args.seeds):
         for r in args.r:
-            model, history = adapt(r, seed, splits, zero_shot["val"], args)
+            model, history = adapt(base, r, seed, splits, zero_shot["val"], args)
             row = {"variant": name_of(r), "seed": seed, "trainable": lora.trainable_parameters(model)[0],
                    "minutes": history[-1]["minutes"], "lowest val loss": min(row["loss"] for row in history)}
             for name, split in judged.items():
@@ -203,11 +206,12 @@ def run(args):
             insert(CLIP(base.config), r, args)
     clip.open_run(base.config, tokenizer, args)
     clip.print_start(base, splits, args)
-    judged = {name: split for name, split in splits.items() if name != "train"} | own_data(args.base)
+    judged = {name: split for name, split in splits.items() if name != "train"}
+    judged |= own_data(args.base, base.config)
     zero_shot = {name: evaluate(base, split) for name, split in judged.items()}
     for name, row in zero_shot.items():
         print(f"{'zero-shot':12s}{name:12s}{describe(row)}", flush=True)
-    rows, histories, swept = study(args, splits, judged, zero_shot)
+    rows, histories, swept = study(base, args, splits, judged, zero_shot)
     first = {"variant": "zero-shot", "seed": "", "trainable": 0, "minutes": 0.0,
              "lowest val loss": zero_shot["val"]["loss"],
              **{f"{name} {key}": value for name, row in zero_shot.items() for key, value in row.items()}}

@@ -116,10 +116,11 @@ def merge(model):
     layers = adapters(model).values()
     if any(layer.merged for layer in layers):
         raise InputError("the adapters are merged already: merging twice would add them twice")
-    if not all(layer.delta().isfinite().all() for layer in layers):
+    deltas = [layer.delta() for layer in layers]
+    if not all(delta.isfinite().all() for delta in deltas):
         raise InputError("an adapter holds NaN or infinity: merging it would spoil the base model")
-    for layer in layers:
-        layer.weight += layer.delta()
+    for layer, delta in zip(layers, deltas):
+        layer.weight += delta
         layer.merged = True
 
 @torch.no_grad()

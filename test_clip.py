@@ -404,6 +404,13 @@ def released_folder(folder, config):
     data.train_tokenizer(["a b c"]).save_pretrained(folder)
     return theirs, (photos(4, config), captions([2, 5, 9, 16], 16, config))
 
+def reconfigure(folder, **parts):
+    """Changes entries of vision_config and text_config in the folder's config.json."""
+    described = json.loads((folder / "config.json").read_text())
+    for part, changes in parts.items():
+        described[part] |= changes
+    (folder / "config.json").write_text(json.dumps(described))
+
 @torch.no_grad()
 def their_logits(theirs, pixels, ids):
     return theirs(pixel_values=pixels, input_ids=ids).logits_per_image
@@ -414,9 +421,7 @@ def test_released_weights_give_the_logits_that_transformers_gives(changes, tmp_p
     config = replace(OPENAI_SMALL, **changes)
     theirs, inputs = released_folder(tmp_path, config)
     if "eos_token_id" in changes:
-        described = json.loads((tmp_path / "config.json").read_text())
-        described["text_config"]["eos_token_id"] = 2        # what OpenAI's released configurations say
-        (tmp_path / "config.json").write_text(json.dumps(described))
+        reconfigure(tmp_path, text_config=dict(eos_token_id=2))        # what OpenAI's released ones say
         theirs = transformers.CLIPModel.from_pretrained(tmp_path)
     ours = CLIP.from_pretrained(tmp_path)
     assert ours.config == config
@@ -460,14 +465,10 @@ def test_a_merged_model_is_saved_for_transformers_as_the_adapted_one(tmp_path):
     assert difference(their_logits(theirs, pixels, ids), expected) < 1e-5
 
 def with_another_norm(folder):
-    described = json.loads((folder / "config.json").read_text())
-    described["text_config"]["layer_norm_eps"] = 0.1
-    (folder / "config.json").write_text(json.dumps(described))
+    reconfigure(folder, text_config=dict(layer_norm_eps=0.1))
 
 def with_another_activation(folder):
-    described = json.loads((folder / "config.json").read_text())
-    described["vision_config"]["hidden_act"] = described["text_config"]["hidden_act"] = "relu"
-    (folder / "config.json").write_text(json.dumps(described))
+    reconfigure(folder, vision_config=dict(hidden_act="relu"), text_config=dict(hidden_act="relu"))
 
 @pytest.mark.parametrize("change", [with_another_norm, with_another_activation])
 def test_a_clip_that_ours_can_t_express_is_refused(change, tmp_path):
@@ -492,9 +493,7 @@ def with_a_tensor_too_many(folder):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 def with_another_shape(folder):
-    described = json.loads((folder / "config.json").read_text())
-    described["vision_config"]["intermediate_size"] = 100
-    (folder / "config.json").write_text(json.dumps(described))
+    reconfigure(folder, vision_config=dict(intermediate_size=100))
 
 def cut_short(folder):
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
@@ -1326,6 +1325,11 @@ def test_an_adapter_of_the_study_opens_in_peft_on_the_released_model(album):
         assert difference(ours.eval()(*inputs), their_logits(adapted_theirs.eval(), *inputs)) < 1e-5
         assert difference(ours(*inputs), before) > 1e-3
 
+def assert_one_error(capsys, message):
+    """Of what a command wrote to stderr, all but the progress bars is one line: `error: ` and the message."""
+    error = [line for line in capsys.readouterr().err.strip().splitlines() if line and "decoding" not in line]
+    assert len(error) == 1 and error[0].startswith("error: ") and message in error[0], error
+
 BAD_STUDY = {
     "rank zero": (["--r", "0"], "--r and --seeds"),
     "a negative rank": (["--r", "4", "-1"], "--r and --seeds"),
@@ -1350,8 +1354,7 @@ def test_bad_input_to_a_study_is_one_line_and_exit_code_2(name, album, capsys):
     kept = [word for flag, value in given.items() if flag not in flags for word in (flag, value)]
     capsys.readouterr()
     assert finetune.main([*kept, "--device", "cpu", *flags]) == 2
-    error = [line for line in capsys.readouterr().err.strip().splitlines() if line and "decoding" not in line]
-    assert len(error) == 1 and error[0].startswith("error: ") and message in error[0], error
+    assert_one_error(capsys, message)
     assert not Path("out").exists()
 
 def damaged(run):
@@ -1401,9 +1404,7 @@ def test_bad_input_is_one_line_and_exit_code_2(name, album, capsys, monkeypatch)
     flags, message = BAD[name]
     given = [flag for i in range(0, len(TOY), 2) if TOY[i] not in flags for flag in TOY[i:i + 2]]
     assert clip.main([*given, *flags]) == 2
-    error = capsys.readouterr().err.strip().splitlines()
-    error = [line for line in error if line and "decoding" not in line]
-    assert len(error) == 1 and error[0].startswith("error: ") and message in error[0], error
+    assert_one_error(capsys, message)
     assert not Path("runs").exists()
 
 # --- README ----------------------------------------------------------------------------------------------
