@@ -11,19 +11,25 @@ Shapes: B pairs in a batch, T tokens of a caption (or patches of a photo, plus o
 H heads, D = C / H channels of a head, P pixels on the side of a patch, E channels of the shared embedding.
 """
 import argparse
+import atexit
 import json
 import math
+import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 import data
 from data import InputError
+
+# torchrun starts a process for each GPU and says in the environment which one it is, of how many.
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 # --- The model -------------------------------------------------------------------------------------------
 
@@ -128,6 +134,8 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, hidden_act) for _ in range(config.num_hidden_layers))
 
     def forward(self, x, mask=None):
+        if torch.is_autocast_enabled(x.device.type):        # the stream is read and written all the time
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         for layer in self.layers:
             x = layer(x, mask)
         return x
@@ -142,6 +150,7 @@ class VisionEmbeddings(nn.Module):
         self.class_embedding = nn.Parameter(torch.empty(C))
         self.patch_embedding = nn.Conv2d(3, C, kernel_size=P, stride=P, bias=False)
         self.position_embedding = nn.Embedding((config.image_size // P) ** 2 + 1, C)
+        self.patch_dropout = 0.0                            # share of the patches that training leaves out
 
     def forward(self, pixels):
         B, _, height, width = pixels.shape
@@ -150,8 +159,14 @@ class VisionEmbeddings(nn.Module):
         patches = pixels.view(B, 3, height // P, P, width // P, P).permute(0, 2, 4, 1, 3, 5)
         patches = patches.reshape(B, -1, 3 * P * P)                                     # (B, T - 1, 3 P P)
         x = F.linear(patches, self.patch_embedding.weight.flatten(1))                   # (B, T - 1, C)
-        x = torch.cat([self.class_embedding.expand(B, 1, -1).to(x.dtype), x], dim=1)    # (B, T, C)
-        return x + self.position_embedding.weight
+        x = x + self.position_embedding.weight[1:]
+        if self.training and self.patch_dropout:
+            # Other patches for each photo and step: half of them halve the work (FLIP, Li et al. 2022).
+            kept = torch.rand(x.shape[:2], device=x.device).argsort(dim=1)
+            kept = kept[:, :max(1, round(x.shape[1] * (1 - self.patch_dropout)))]       # (B, T' - 1)
+            x = x.gather(1, kept[:, :, None].expand(-1, -1, x.shape[2]))                # (B, T' - 1, C)
+        class_token = self.class_embedding + self.position_embedding.weight[0]
+        return torch.cat([class_token.expand(B, 1, -1), x], dim=1)                      # (B, T, C)
 
 class VisionTransformer(nn.Module):
     """ViT (Dosovitskiy et al. 2020, arXiv:2010.11929): photos (B, 3, S, S) to pooled features (B, C)."""
@@ -240,15 +255,6 @@ def init_weights(model):
 
 CHECKPOINT = "checkpoint.pt"
 
-def save_checkpoint(run_dir, state):
-    """Writes a plain dict of tensors, numbers, lists and dicts. Raises InputError where it can't."""
-    try:
-        with data.atomic(run_dir / CHECKPOINT) as temporary:
-            torch.save(state, temporary)
-    except (OSError, RuntimeError) as error:                # a full disk is a RuntimeError to torch
-        raise InputError(f"can't write {run_dir / CHECKPOINT}, perhaps the disk is full: --resume goes on "
-                         "from what was saved before") from error
-
 def load_checkpoint(run_dir):
     """A run's checkpoint, on the CPU: {"last": weights to resume with, "best": weights of the best epoch,
     "optimizer", "history", "seconds"}. Raises InputError where there is none that can be read."""
@@ -315,57 +321,15 @@ class CLIP(nn.Module):
     def from_pretrained(cls, name_or_dir):
         """The model of a hub name, a Hugging Face folder or a run of this file, in eval mode on the CPU. Each
         weight of the file has its place here and each place its weight, or InputError is raised."""
-        import transformers
-        if (Path(name_or_dir) / CHECKPOINT).exists():
-            return cls.load(name_or_dir)
-        try:
-            released, report = transformers.CLIPModel.from_pretrained(name_or_dir, output_loading_info=True)
-        except Exception as error:                          # the hub's client has dozens of kinds
-            raise InputError(f"no CLIP in {name_or_dir}: give a Hugging Face folder, a run of clip.py as "
-                             "runs/shapes, or a hub name while there is a network") from error
-        vision, text = released.config.vision_config, released.config.text_config
-        if left := [name for names in report.values() for name in names]:
-            raise InputError(f"{name_or_dir} is not one whole CLIP: {left[0]} is missing, odd or too much")
-        if not (text.hidden_act == vision.hidden_act in ACTIVATIONS
-                and text.layer_norm_eps == vision.layer_norm_eps == 1e-5):
-            raise InputError(f"{name_or_dir} has an activation or a norm that this CLIP doesn't have")
-        towers = [TowerConfig(**{each.name: getattr(tower, each.name) for each in fields(TowerConfig)})
-                  for tower in (vision, text)]
-        # Older configurations say 2 and mean the end token, which has the largest id (transformers #24650).
-        eos_token_id = text.vocab_size - 1 if text.eos_token_id == 2 else text.eos_token_id
-        model = cls(CLIPConfig(*towers, vision.image_size, vision.patch_size, text.vocab_size,
-                               text.max_position_embeddings, eos_token_id, released.config.projection_dim,
-                               text.hidden_act, causal=True))
-        model.load_state_dict(released.state_dict())
-        model.source = name_or_dir
-        return model.eval()
+        import finetune                     # the exchange with Hugging Face's files stands there
+        return finetune.read_released(name_or_dir)
 
     def save_pretrained(self, folder, tokenizer=None):
         """Writes a Hugging Face folder, which transformers' CLIPModel and CLIPProcessor open. tokenizer: None
         is the one that the model came with. Raises InputError for what is unknown there: a BERT-style text
         tower, and adapters that are not merged."""
-        import transformers
-        c = self.config
-        if not c.causal:
-            raise InputError("Hugging Face's CLIP has no BERT-style text tower: train with --text causal")
-        if not all(getattr(module, "merged", True) for module in self.modules()):
-            raise InputError("the adapters are not merged: lora.merge(model) comes first")
-        if tokenizer is None and self.source is None:
-            raise InputError("this model came with no tokenizer: save_pretrained(folder, tokenizer)")
-        tokenizer = tokenizer or data.load_tokenizer(self.source)
-        weights = {name: weight for name, weight in self.state_dict().items() if ".lora_" not in name}
-        vision = asdict(c.vision) | dict(image_size=c.image_size, patch_size=c.patch_size)
-        text = asdict(c.text) | dict(vocab_size=c.vocab_size, eos_token_id=c.eos_token_id, bos_token_id=None,
-                                     max_position_embeddings=c.max_position_embeddings)
-        vision["hidden_act"] = text["hidden_act"] = c.hidden_act
-        towers = dict(vision_config=vision, text_config=text)
-        config = transformers.CLIPConfig(**towers, projection_dim=c.projection_dim)
-        with torch.device("meta"):
-            released = transformers.CLIPModel(config)
-        released.load_state_dict(weights, assign=True)
-        released.save_pretrained(folder)
-        pixels = transformers.CLIPImageProcessor(size={"shortest_edge": c.image_size}, crop_size=c.image_size)
-        transformers.CLIPProcessor(pixels, tokenizer).save_pretrained(folder)
+        import finetune
+        finetune.write_released(self, folder, tokenizer)
 
 def contrastive_loss(logits_per_image):
     """Mean of two cross-entropies over logits (B, B), a scalar: the right caption of a photo is that of its
@@ -461,6 +425,55 @@ def trained_state(model):
     """What training changes: all parameters from scratch, the adapters with LoRA."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
+def encode_pairs(model, split, pairs, seed):
+    """Pairs (b, 2) of a photo and a caption of the split to embeddings (b, E) of photos and of captions. The
+    same seed makes the same crops and the same dropout."""
+    torch.manual_seed(seed)
+    device, size = model.logit_scale.device, model.config.image_size
+    photos, captions = pairs.T                                                          # (b,), (b,)
+    pixels = split.take(photos, device)                                                 # (b, S, S, 3)
+    # Photos are stored with a margin for crops. Drawn scenes are not: a crop makes "left" and "large" wrong.
+    pixels = data.augment(pixels, size) if pixels.shape[1] > size else data.normalize(pixels)
+    with autocast(device):
+        # train sorts by length: in two halves the shorter captions carry less padding.
+        texts = [model.encode_text(split.tokens(half, device)) for half in captions.chunk(2)]
+        return model.encode_image(pixels), torch.cat(texts)
+
+def gather(x):
+    """The rows of all processes, (B / processes, E) to (B, E), without a graph."""
+    if WORLD_SIZE == 1:
+        return x.detach()
+    rows = x.new_empty(WORLD_SIZE * len(x), x.shape[1])
+    dist.all_gather_into_tensor(rows, x.detach())
+    return rows
+
+def backward(model, encode, micro_batches):
+    """The loss over the pairs of all processes, a scalar; leaves its gradient in the parameters. encode(i):
+    the embeddings of micro-batch i, (b, E) for photos and for captions, the same each time it is called.
+
+    Any batch fits where one micro-batch does, exactly, by gradient caching (Gao 2021, arXiv:2101.06983):
+    1. Embed all pairs. Of several micro-batches keep no graph: that is what fills the memory.
+    2. The loss is a function of the embeddings alone: compute it, and its gradient for each of them.
+    3. Embed each micro-batch again, now with a graph, and send its part of that gradient through it.
+    """
+    with torch.set_grad_enabled(micro_batches == 1):
+        embeds = [encode(i) for i in range(micro_batches)]
+    image_embeds, text_embeds = (gather(torch.cat(part)).requires_grad_() for part in zip(*embeds))  # (B, E)
+    loss = contrastive_loss(model.similarity(image_embeds, text_embeds))
+    loss.backward()
+    sizes = [len(images) for images, _ in embeds]
+    own = (x.grad.chunk(WORLD_SIZE)[RANK].split(sizes) for x in (image_embeds, text_embeds))
+    for i, gradient in enumerate(zip(*own)):
+        torch.autograd.backward(embeds[i] if micro_batches == 1 else encode(i), gradient)
+    if WORLD_SIZE > 1:
+        # Each process has the gradient of its own pairs. That of the scale, from all logits, is whole.
+        gradients = [p.grad for p in model.parameters() if p.grad is not None and p is not model.logit_scale]
+        total = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(total)
+        for gradient, part in zip(gradients, total.split([gradient.numel() for gradient in gradients])):
+            gradient.copy_(part.view_as(gradient))
+    return loss.detach()
+
 SAVE_SHARE = 0.05   # of the time may go into saving: where epochs are faster than the disk, not each is saved
 
 def train(model, splits, args, run_dir):
@@ -470,22 +483,20 @@ def train(model, splits, args, run_dir):
     The batches of an epoch derive from (seed, epoch), crops and dropout from (seed, step): a resumed run does
     what an uninterrupted one does, on the CPU bit for bit. Raises InputError when the loss is not finite.
     """
-    device, split, size = model.logit_scale.device, splits["train"], model.config.image_size
-    # Photos are stored with a margin for crops. Drawn scenes are not: a crop makes "left" and "large" wrong.
-    crop = split.photos.shape[1] > size
+    split, device = splits["train"], model.logit_scale.device
     steps_per_epoch = len(split.photos) // args.batch_size
     steps = args.epochs * steps_per_epoch
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
+    model.vision_model.embeddings.patch_dropout = args.patch_dropout
     history, seconds, best = [], 0.0, None
     saved, cost = time.perf_counter(), 1.0                  # when the last save was, and how long it took
-    if args.resume and not (run_dir / CHECKPOINT).exists():
-        print(f"resumed   from the start: {run_dir} has no checkpoint yet")
-    elif args.resume:
+    if args.resume and (run_dir / CHECKPOINT).exists():
         state = load_checkpoint(run_dir)
         model.load_state_dict(state["last"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         history, seconds, best = state["history"], state["seconds"], state["best"]
-        print(f"resumed   after epoch {len(history)}")
+    if args.resume:
+        print(f"resumed   after epoch {len(history)}{'' if history else ': no checkpoint yet'}")
     if args.compile:            # block by block: 12 equal ones compile once for each length of the captions
         torch._dynamo.reset()
         torch._dynamo.config.recompile_limit = 64
@@ -497,15 +508,11 @@ def train(model, splits, args, run_dir):
         total, start = torch.zeros((), device=device), time.perf_counter()
         for i in range(steps_per_epoch):
             step = epoch * steps_per_epoch + i
-            torch.manual_seed((args.seed << 32) + step)
-            photos, captions = pairs[i * args.batch_size:(i + 1) * args.batch_size].T   # (B,), (B,)
-            pixels = split.take(photos, device)                                         # (B, S, S, 3)
-            pixels = data.augment(pixels, size) if crop else data.normalize(pixels)     # (B, 3, S, S)
-            ids = split.tokens(captions, device)                                        # (B, T)
-            with autocast(device):
-                logits_per_image = model(pixels, ids)                                   # (B, B)
-            loss = contrastive_loss(logits_per_image)
-            loss.backward()
+            batch = pairs[i * args.batch_size:(i + 1) * args.batch_size]                # (B, 2)
+            batch = batch[split.lengths[batch[:, 1]].argsort(stable=True)][RANK::WORLD_SIZE]
+            parts = batch.split(args.micro_batch or len(batch))
+            seed = (args.seed << 32) + (step * WORLD_SIZE + RANK) * len(parts)
+            loss = backward(model, lambda i: encode_pairs(model, split, parts[i], seed + i), len(parts))
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)       # one odd batch can't throw the model far
             lr = learning_rate(step, steps, args.lr, args.warmup)
             for group in optimizer.param_groups:
@@ -513,7 +520,7 @@ def train(model, splits, args, run_dir):
             optimizer.step()
             optimizer.zero_grad()
             model.logit_scale.data.clamp_(max=math.log(100))        # the paper's bound (openai/CLIP #46)
-            total += loss.detach()
+            total += loss
             if (step + 1) % max(1, steps // 40) == 0:       # about 40 lines for a run of any length
                 value, scale = loss.item(), model.logit_scale.exp().item()
                 rate = (i + 1) * args.batch_size / (time.perf_counter() - start)
@@ -532,14 +539,19 @@ def train(model, splits, args, run_dir):
               f"{'  best' if is_best else ''}", flush=True)
         if is_best:
             best = {name: tensor.to("cpu", copy=True) for name, tensor in trained_state(model).items()}
+        if RANK:
+            continue                                        # process 0 writes for all
         if epoch + 1 == args.epochs or cost <= SAVE_SHARE * (time.perf_counter() - saved):
             begin = time.perf_counter()
-            save_checkpoint(run_dir, {"last": trained_state(model), "best": best, "history": history,
-                                      "optimizer": optimizer.state_dict(), "seconds": seconds})
+            with data.atomic(run_dir / CHECKPOINT) as temporary:
+                torch.save({"last": trained_state(model), "best": best, "optimizer": optimizer.state_dict(),
+                            "history": history, "seconds": seconds}, temporary)
             saved, cost = time.perf_counter(), time.perf_counter() - begin
         with data.atomic(run_dir / "log.csv") as temporary:
             lines = [history[0].keys(), *(row.values() for row in history)]
             temporary.write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
+    if WORLD_SIZE > 1:
+        dist.barrier()                                      # what process 0 wrote is there for all
     return history
 
 # --- What a run leaves behind ----------------------------------------------------------------------------
@@ -564,50 +576,57 @@ def draw_curve(path, history, photos):
     with data.atomic(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
 
-def draw_retrieval(path, model, split):
-    """Six captions from all over the split, each over the six photos that it finds first."""
-    images, texts = embed(model, split)
-    captions = torch.linspace(0, len(texts) - 1, min(6, len(texts))).long()
-    found = (texts[captions] @ images.T).topk(min(6, len(images))).indices
-    data.draw_found(path, split, captions.tolist(), found.cpu())
-
 # --- The command -----------------------------------------------------------------------------------------
 
 # For the drawn worlds these are the defaults: a small model for a small world.
 SHAPES = dict(model="tiny", tokenizer="train", epochs=9, batch_size=128, lr=1e-3, weight_decay=0.1)
 FREE = ("resume", "device", "compile", "out")               # flags that a resumed run may change
 
+FLAGS = (       # of clip.py and finetune.py: name, default, least, most, help
+    ("epochs", 55, 1, 1e6, "times that each photo is seen"),
+    ("batch-size", 256, 2, 1e6, "pairs in a step, on all GPUs together"),
+    ("micro-batch", 0, 0, 1e6, "pairs in a GPU's memory at once; 0 is all"),
+    ("lr", 5e-4, 0, 1e3, "peak learning rate"),
+    ("weight-decay", 0.2, 0, 1e3, "AdamW's, on matrices only"),
+    ("warmup", 0.1, 0, 1, "share of the steps in which lr rises"),
+    ("patch-dropout", 0.0, 0, 0.99, "share of a photo's patches that training leaves out"),
+    ("seed", 0, 0, 1e9, "of weights, batches and crops"),
+)
+
 def add_shared_flags(parser):
     """The flags that clip.py and finetune.py have in common."""
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=int, default=55, help="times that each photo is seen")
-    group.add_argument("--batch-size", type=int, default=256, help="pairs in a step")
-    group.add_argument("--lr", type=float, default=5e-4, help="peak learning rate")
-    group.add_argument("--weight-decay", type=float, default=0.2, help="AdamW's, on matrices only")
-    group.add_argument("--warmup", type=float, default=0.1, help="share of the steps in which lr rises")
+    group = parser.add_argument_group("training")
+    for name, default, _, _, words in FLAGS:
+        group.add_argument(f"--{name}", type=type(default), default=default, help=words)
     group = parser.add_argument_group("run")
     group.add_argument("--data", default="flickr30k", metavar="DIR",
                        help="photos and captions, or `shapes`, `sketches`; ./flickr30k is fetched if missing")
     group.add_argument("--out", type=Path, metavar="DIR", help="folder of the run; None is a name in runs/")
     group.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    group.add_argument("--seed", type=int, default=0, help="of weights, batches and crops")
-    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    group.add_argument("--device", default=device, help="cuda or cpu")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True,
                        help="torch.compile on CUDA; short runs don't repay it")
 
 def checked(args):
-    """The flags, with values that make sense."""
-    for name, low, high in (("epochs", 1, 1e6), ("batch_size", 2, 1e6), ("lr", 0, 1e3),
-                            ("weight_decay", 0, 1e3), ("warmup", 0, 1), ("seed", 0, 1e9)):
-        if not low <= getattr(args, name) <= high:
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} {getattr(args, name)} is not between {low} and {high:g}")
+    """The flags, with values that make sense. Joins the processes, where torchrun has started several."""
+    for name, _, low, high, _ in FLAGS:
+        value = getattr(args, name.replace("-", "_"))
+        if not low <= value <= high:
+            raise InputError(f"--{name} {value} is not between {low} and {high:g}")
+    if args.batch_size % WORLD_SIZE:
+        raise InputError(f"--batch-size {args.batch_size} can't be split evenly among {WORLD_SIZE} processes")
     try:
         args.device = torch.empty(1, device=args.device).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"no device {args.device} here: {str(error).splitlines()[0]}") from error
     args.compile = args.compile and args.device.type == "cuda"
     args.data = str(Path(args.data))                        # without a slash at its end
+    if WORLD_SIZE > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
+    if RANK:
+        sys.stdout = open(os.devnull, "w")                  # process 0 speaks for all
     return args
 
 def parse_args(argv):
@@ -628,7 +647,11 @@ def load_data(args, tokenizer, config):
     """What data.load gives for --data and a model's configuration, on the device where it fits."""
     if (args.out / "config.json").exists() and not args.resume:
         raise InputError(f"{args.out} holds a run: --resume goes on with it, --out DIR starts another")
+    if RANK:
+        dist.barrier()                                      # process 0 stores the photos, the others find them
     splits, tokenizer = data.load(args.data, tokenizer, config.image_size, config.max_position_embeddings)
+    if RANK == 0 and WORLD_SIZE > 1:
+        dist.barrier()
     if args.batch_size > len(splits["train"].photos):
         raise InputError(f"--batch-size {args.batch_size}: training has {len(splits['train'].photos)} photos")
     for split in splits.values():
@@ -638,6 +661,8 @@ def load_data(args, tokenizer, config):
 def open_run(config, tokenizer, args):
     """Makes the folder args.out with config.json, {"model": the configuration, "run": the flags}, and the
     tokenizer. Raises InputError if another run is there, or this one and not --resume."""
+    if RANK:
+        return
     flags = {name: str(value) for name, value in vars(args).items() if name not in FREE}
     file = args.out / "config.json"
     if file.exists():
@@ -652,11 +677,12 @@ def open_run(config, tokenizer, args):
 
 def print_start(model, splits, args):
     """The opening block: device, size, data, steps, and the losses of a model that knows nothing."""
+    device, steps_per_epoch = args.device, len(splits["train"].photos) // args.batch_size
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     vision, text, everything = (f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"
                                 for module in (model.vision_model, model.text_model, model))
-    cuda, steps_per_epoch = args.device.type == "cuda", len(splits["train"].photos) // args.batch_size
-    device = torch.cuda.get_device_name(args.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(f"device    {device}, {'bfloat16' if cuda else 'float32'}{', compiled' if args.compile else ''}")
+    print(f"device    {WORLD_SIZE} x {name}{', bfloat16' if device.type == 'cuda' else ''}"
+          f"{', compiled' if args.compile else ''}")
     print(f"model     vision {vision} + text {text} + projections = {everything} parameters")
     for name, split in splits.items():
         print(f"{name:10s}{len(split.photos):,} photos, {len(split.captions):,} captions")
@@ -672,7 +698,11 @@ def finish(model, splits, history, args):
         model.load_state_dict(state[which], strict=False)
         print(f"{which} epoch {epoch:3d}  {name} {describe(evaluate(model, splits[name]))}")
     draw_curve(args.out / "curve.png", history, len(splits["val"].photos))
-    draw_retrieval(args.out / "retrieval.png", model, splits["val"])
+    # Six captions from all over the validation split, each over the six photos that it finds first.
+    images, texts = embed(model, splits["val"])
+    captions = torch.linspace(0, len(texts) - 1, min(6, len(texts))).long()
+    found = (texts[captions] @ images.T).topk(min(6, len(images))).indices
+    data.draw_found(args.out / "retrieval.png", splits["val"], captions.tolist(), found.cpu())
     lowest, minutes = min(history, key=lambda row: row["loss"]), history[-1]["minutes"]
     rate = len(history) * len(splits["train"].photos) / minutes / 60
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if args.device.type == "cuda" else ""
@@ -690,7 +720,8 @@ def run(args):
     model = CLIP(config).to(args.device)
     print_start(model, splits, args)
     history = train(model, splits, args, args.out)
-    finish(model, splits, history, args)
+    if RANK == 0:
+        finish(model, splits, history, args)
 
 def main(argv=None):
     """The command. Returns its exit code."""

@@ -54,6 +54,8 @@ def atomic(path):
         yield temporary
         if not Path(path).is_dir():                         # else another run has just built the same store
             os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:                # torch says RuntimeError where the disk is full
+        raise InputError(f"can't write {path}, perhaps the disk is full ({error!r:.90})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)        # where it is a folder
         temporary.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ import copy
 import csv
 import statistics
 import sys
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -22,8 +23,62 @@ import torch
 import clip
 import data
 import lora
-from clip import CLIP, describe, embed, evaluate
+from clip import CLIP, CLIPConfig, TowerConfig, describe, embed, evaluate
 from data import InputError
+
+# --- Released weights ------------------------------------------------------------------------------------
+
+def read_released(name_or_dir):
+    """CLIP.from_pretrained: our CLIP with the weights of a hub name, a Hugging Face folder or a run."""
+    import transformers
+    if (Path(name_or_dir) / clip.CHECKPOINT).exists():
+        return CLIP.load(name_or_dir)
+    try:
+        released, report = transformers.CLIPModel.from_pretrained(name_or_dir, output_loading_info=True)
+    except Exception as error:                              # the hub's client has dozens of kinds
+        raise InputError(f"no CLIP in {name_or_dir}: give a Hugging Face folder, a run of clip.py as "
+                         "runs/shapes, or a hub name while there is a network") from error
+    vision, text = released.config.vision_config, released.config.text_config
+    if left := [name for names in report.values() for name in names]:
+        raise InputError(f"{name_or_dir} is not one whole CLIP: {left[0]} is missing, odd or too much")
+    if not (text.hidden_act == vision.hidden_act in clip.ACTIVATIONS
+            and text.layer_norm_eps == vision.layer_norm_eps == 1e-5):
+        raise InputError(f"{name_or_dir} has an activation or a norm that this CLIP doesn't have")
+    towers = [TowerConfig(**{each.name: getattr(tower, each.name) for each in fields(TowerConfig)})
+              for tower in (vision, text)]
+    # Older configurations say 2 and mean the end token, which has the largest id (transformers #24650).
+    eos_token_id = text.vocab_size - 1 if text.eos_token_id == 2 else text.eos_token_id
+    model = CLIP(CLIPConfig(*towers, vision.image_size, vision.patch_size, text.vocab_size,
+                            text.max_position_embeddings, eos_token_id, released.config.projection_dim,
+                            text.hidden_act, causal=True))
+    model.load_state_dict(released.state_dict())
+    model.source = name_or_dir
+    return model.eval()
+
+def write_released(model, folder, tokenizer=None):
+    """model.save_pretrained: a folder for transformers' CLIPModel and CLIPProcessor."""
+    import transformers
+    c = model.config
+    if not c.causal:
+        raise InputError("Hugging Face's CLIP has no BERT-style text tower: train with --text causal")
+    if not all(getattr(module, "merged", True) for module in model.modules()):
+        raise InputError("the adapters are not merged: lora.merge(model) comes first")
+    if tokenizer is None and model.source is None:
+        raise InputError("this model came with no tokenizer: save_pretrained(folder, tokenizer)")
+    tokenizer = tokenizer or data.load_tokenizer(model.source)
+    weights = {name: weight for name, weight in model.state_dict().items() if ".lora_" not in name}
+    vision = asdict(c.vision) | dict(image_size=c.image_size, patch_size=c.patch_size)
+    text = asdict(c.text) | dict(vocab_size=c.vocab_size, eos_token_id=c.eos_token_id, bos_token_id=None,
+                                 max_position_embeddings=c.max_position_embeddings)
+    vision["hidden_act"] = text["hidden_act"] = c.hidden_act
+    towers = dict(vision_config=vision, text_config=text)
+    config = transformers.CLIPConfig(**towers, projection_dim=c.projection_dim)
+    with torch.device("meta"):
+        released = transformers.CLIPModel(config)
+    released.load_state_dict(weights, assign=True)
+    released.save_pretrained(folder)
+    pixels = transformers.CLIPImageProcessor(size={"shortest_edge": c.image_size}, crop_size=c.image_size)
+    transformers.CLIPProcessor(pixels, tokenizer).save_pretrained(folder)
 
 # --- One adapted model -----------------------------------------------------------------------------------
 

@@ -38,6 +38,7 @@ import finetune
 import lora
 from clip import CLIP, CLIPConfig, PRESETS, TowerConfig, contrastive_loss, recall_at_k
 
+HERE = Path(clip.__file__).parent
 slow = pytest.mark.skipif(os.environ.get("SLOW") != "1", reason="takes long: set SLOW=1")
 
 @pytest.fixture(autouse=True)
@@ -1230,6 +1231,99 @@ def test_validation_loss_is_over_groups_of_64_pairs(album, monkeypatch):
         expected.append((F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2)
     assert clip.evaluate(model, split)["loss"] == pytest.approx(torch.stack(expected).mean().item(), abs=1e-5)
 
+# --- Many pairs, many processes --------------------------------------------------------------------------
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+def backward_of(model, pixels, ids, micro_batch):
+    """clip.backward over pixels and ids in micro-batches; without dropout they need no seed."""
+    parts = list(zip(pixels.split(micro_batch), ids.split(micro_batch)))
+
+    def encode(i):
+        return model.encode_image(parts[i][0]), model.encode_text(parts[i][1])
+
+    return clip.backward(model, encode, len(parts))
+
+@pytest.mark.parametrize("micro_batch", [1, 4, 5, 12])
+def test_micro_batches_leave_the_gradient_of_the_whole_batch(micro_batch):
+    model, pixels, ids = small_model(), photos(12), captions([3, 5, 9, 16] * 3, 16)
+    loss = contrastive_loss(model(pixels, ids))
+    loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    assert difference(backward_of(model, pixels, ids, micro_batch), loss) < 1e-6
+    assert difference(gradients(model), expected) < 1e-5
+
+def test_a_micro_batch_is_cropped_and_dropped_out_the_same_in_both_passes(album):
+    split = load(album)["train"]
+    end = split.ids.max().item()
+    model = CLIP(replace(SMALL, image_size=32, patch_size=8, vocab_size=end + 1, eos_token_id=end)).train()
+    lora.add_lora(model, 4, 8, dropout=0.5)
+    torch.nn.init.normal_(model.text_model.encoder.layers[0].self_attn.q_proj.lora_B)
+    model.vision_model.embeddings.patch_dropout = 0.5
+    pairs = split.pairs(0, 0)[:6]
+    first, again, other = (torch.cat(clip.encode_pairs(model, split, pairs, seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first[:6], other[:6]) and not torch.equal(first[6:], other[6:])
+
+TWO_PROCESSES = """
+import torch
+import clip, test_clip
+torch.distributed.init_process_group("gloo")
+torch.manual_seed(0)
+model, pixels = test_clip.small_model(), test_clip.photos(12)
+ids = test_clip.captions([3, 5, 9, 16] * 3, 16)
+half = slice(6 * clip.RANK, 6 * clip.RANK + 6)
+loss = test_clip.backward_of(model, pixels[half], ids[half], MICRO_BATCH)
+if clip.RANK == 0:
+    torch.save((loss, test_clip.gradients(model)), "found.pt")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+def torchrun(*command, cwd):
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           *command], cwd=cwd, timeout=170, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+
+# With micro-batches a process sums its gradients in another order: rounding.
+@pytest.mark.parametrize("micro_batch, tolerance", [(6, 1e-6), (2, 1e-5)])
+def test_two_processes_have_the_loss_and_the_gradient_of_one(micro_batch, tolerance, tmp_path):
+    (tmp_path / "two.py").write_text(TWO_PROCESSES.replace("MICRO_BATCH", str(micro_batch)))
+    done = torchrun("two.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    loss, found = torch.load(tmp_path / "found.pt")
+    torch.manual_seed(0)
+    model, pixels, ids = small_model(), photos(12), captions([3, 5, 9, 16] * 3, 16)
+    expected = contrastive_loss(model(pixels, ids))
+    expected.backward()
+    assert difference(loss, expected) < 1e-6
+    assert difference(found, gradients(model)) < tolerance
+
+def test_a_run_of_two_processes_is_logged_once_and_goes_on_in_one(album):
+    flags = (*TOY, "--data", "photos", "--epochs", "2")
+    done = torchrun(str(HERE / "clip.py"), *flags, cwd=album.parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("best epoch") == 1
+    assert not list(album.parent.glob("runs/photos/.*"))
+    done = run_process(*flags, "--resume", cwd=album.parent)
+    assert done.returncode == 0, done.stderr
+    assert "resumed   after epoch 2" in done.stdout
+
+def test_patch_dropout_shows_half_of_the_patches_in_training_and_all_in_evaluation():
+    model, pixels = small_model(), photos(3)
+    embeddings = model.vision_model.embeddings
+    whole, embeddings.patch_dropout = embeddings(pixels), 0.5
+    assert torch.equal(embeddings.eval()(pixels), whole)
+    half = embeddings.train()(pixels)
+    patches = whole.shape[1] - 1
+    assert half.shape == (3, 1 + patches // 2, whole.shape[2])
+    assert torch.equal(half[:, 0], whole[:, 0])
+    for photo in range(3):                          # each once, where it stood in the photo
+        places = (half[photo, 1:, None] == whole[photo, None, 1:]).all(dim=-1).nonzero()
+        assert len(places) == patches // 2 and len(places[:, 1].unique()) == patches // 2
+
 # --- Adaptation ------------------------------------------------------------------------------------------
 
 def finetune_sketches(*flags):
@@ -1409,7 +1503,6 @@ def test_bad_input_is_one_line_and_exit_code_2(name, album, capsys, monkeypatch)
 
 # --- README ----------------------------------------------------------------------------------------------
 
-HERE = Path(clip.__file__).parent
 README = (HERE / "README.md").read_text()
 
 LIMITS = {"clip.py": 700, "data.py": 450, "lora.py": 200, "finetune.py": 350}
