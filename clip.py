@@ -3,9 +3,9 @@
     python clip.py --data shapes     drawn scenes, nothing downloaded: under 3 minutes on two CPU cores
     python clip.py --epochs 55       ViT-B/16 from scratch on Flickr30k, on a GPU
 
-Both write runs/NAME/: the log, the learning curve, a retrieval picture and a model that `CLIP.load` opens.
-The paper is Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision"
-(arXiv:2103.00020). Module names are those of Hugging Face's CLIPModel, so released weights load unchanged.
+Both write runs/NAME/: log, learning curve, retrieval picture and a model that `CLIP.load` opens. The paper:
+Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", arXiv:2103.00020.
+Module names are those of Hugging Face's CLIPModel, so that released weights load unchanged.
 
 Shapes: B pairs in a batch, T tokens of a caption (or patches of a photo, plus one), C channels of a tower,
 H heads, D = C / H channels of a head, P pixels on the side of a patch, E channels of the shared embedding.
@@ -43,11 +43,10 @@ class TowerConfig:
 
 @dataclass
 class CLIPConfig:
-    """All that defines a CLIP. The defaults are ViT-B/16 as released, where OpenAI has causal=True and
-    hidden_act="quick_gelu".
+    """All that defines a CLIP. The defaults are ViT-B/16 as released, but for OpenAI's causal=True.
 
     causal: False is a BERT-style text tower, in which every token sees the whole caption; True is one where a
-    token sees only what stands before it. hidden_act: "gelu" or "quick_gelu".
+    token sees only what stands before it. hidden_act: "quick_gelu", or "gelu", which CPUs compute faster.
     """
     vision: TowerConfig = field(default_factory=lambda: TowerConfig(768, 12, 12, 3072))
     text: TowerConfig = field(default_factory=lambda: TowerConfig(512, 12, 8, 2048))
@@ -57,13 +56,13 @@ class CLIPConfig:
     max_position_embeddings: int = 77
     eos_token_id: int = 49407
     projection_dim: int = 512
-    hidden_act: str = "gelu"
+    hidden_act: str = "quick_gelu"
     causal: bool = False
 
 PRESETS = {
     "ViT-B/16": CLIPConfig(),
     "tiny": CLIPConfig(vision=TowerConfig(96, 3, 6, 384), text=TowerConfig(64, 2, 4, 256),
-                       image_size=48, patch_size=12, projection_dim=96),
+                       image_size=48, patch_size=12, projection_dim=96, hidden_act="gelu"),
 }
 
 class Attention(nn.Module):
@@ -434,10 +433,9 @@ def encode_pairs(model, split, pairs, seed):
     pixels = split.take(photos, device)                                                 # (b, S, S, 3)
     # Photos are stored with a margin for crops. Drawn scenes are not: a crop makes "left" and "large" wrong.
     pixels = data.augment(pixels, size) if pixels.shape[1] > size else data.normalize(pixels)
+    ids = split.tokens(captions, device)                                                # (b, T)
     with autocast(device):
-        # train sorts by length: in two halves the shorter captions carry less padding.
-        texts = [model.encode_text(split.tokens(half, device)) for half in captions.chunk(2)]
-        return model.encode_image(pixels), torch.cat(texts)
+        return model.encode_image(pixels), model.encode_text(ids)
 
 def gather(x):
     """The rows of all processes, (B / processes, E) to (B, E), without a graph."""
@@ -474,7 +472,7 @@ def backward(model, encode, micro_batches):
             gradient.copy_(part.view_as(gradient))
     return loss.detach()
 
-SAVE_SHARE = 0.05   # of the time may go into saving: where epochs are faster than the disk, not each is saved
+SAVE_SECONDS = 20   # at least from one checkpoint to the next: else short epochs would wait for the disk
 
 def train(model, splits, args, run_dir):
     """Trains all that requires a gradient; returns the history, one evaluated row for each epoch.
@@ -483,13 +481,11 @@ def train(model, splits, args, run_dir):
     The batches of an epoch derive from (seed, epoch), crops and dropout from (seed, step): a resumed run does
     what an uninterrupted one does, on the CPU bit for bit. Raises InputError when the loss is not finite.
     """
-    split, device = splits["train"], model.logit_scale.device
-    steps_per_epoch = len(split.photos) // args.batch_size
+    split, steps_per_epoch = splits["train"], len(splits["train"].photos) // args.batch_size
     steps = args.epochs * steps_per_epoch
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
+    history, seconds, best, saved = [], 0.0, None, time.perf_counter()
     model.vision_model.embeddings.patch_dropout = args.patch_dropout
-    history, seconds, best = [], 0.0, None
-    saved, cost = time.perf_counter(), 1.0                  # when the last save was, and how long it took
     if args.resume and (run_dir / CHECKPOINT).exists():
         state = load_checkpoint(run_dir)
         model.load_state_dict(state["last"], strict=False)
@@ -497,20 +493,20 @@ def train(model, splits, args, run_dir):
         history, seconds, best = state["history"], state["seconds"], state["best"]
     if args.resume:
         print(f"resumed   after epoch {len(history)}{'' if history else ': no checkpoint yet'}")
-    if args.compile:            # block by block: 12 equal ones compile once for each length of the captions
+    if args.compile:    # part by part: 12 equal blocks are compiled once for each length of the captions
         torch._dynamo.reset()
         torch._dynamo.config.recompile_limit = 64
-        for block in (*model.vision_model.encoder.layers, *model.text_model.encoder.layers):
-            block.compile(dynamic=False)
+        for part in model.modules():
+            if isinstance(part, (VisionEmbeddings, Block)):
+                part.compile(dynamic=False)
     model.train()
     for epoch in range(len(history), args.epochs):
         pairs = split.pairs(args.seed, epoch)               # (N, 2): every photo, with one of its captions
-        total, start = torch.zeros((), device=device), time.perf_counter()
+        total, start = torch.zeros((), device=args.device), time.perf_counter()
         for i in range(steps_per_epoch):
             step = epoch * steps_per_epoch + i
             batch = pairs[i * args.batch_size:(i + 1) * args.batch_size]                # (B, 2)
-            batch = batch[split.lengths[batch[:, 1]].argsort(stable=True)][RANK::WORLD_SIZE]
-            parts = batch.split(args.micro_batch or len(batch))
+            parts = batch.chunk(WORLD_SIZE)[RANK].split(args.micro_batch or len(batch))
             seed = (args.seed << 32) + (step * WORLD_SIZE + RANK) * len(parts)
             loss = backward(model, lambda i: encode_pairs(model, split, parts[i], seed + i), len(parts))
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)       # one odd batch can't throw the model far
@@ -522,10 +518,9 @@ def train(model, splits, args, run_dir):
             model.logit_scale.data.clamp_(max=math.log(100))        # the paper's bound (openai/CLIP #46)
             total += loss
             if (step + 1) % max(1, steps // 40) == 0:       # about 40 lines for a run of any length
-                value, scale = loss.item(), model.logit_scale.exp().item()
                 rate = (i + 1) * args.batch_size / (time.perf_counter() - start)
-                print(f"epoch {epoch + 1:3d}/{args.epochs}  step {step + 1:6d}/{steps}  loss {value:7.4f}  "
-                      f"lr {lr:.2e}  scale {scale:6.2f}  {rate:6,.0f} pairs/s  "
+                print(f"epoch {epoch + 1:3d}/{args.epochs}  step {step + 1:6d}/{steps}  loss {loss:7.4f}  "
+                      f"lr {lr:.2e}  scale {model.logit_scale.exp():6.2f}  {rate:6,.0f} pairs/s  "
                       f"ETA {(steps - step - 1) * args.batch_size / rate / 60:6.1f} min", flush=True)
         train_loss, row = total.item() / steps_per_epoch, evaluate(model, splits["val"])
         if not math.isfinite(train_loss + row["loss"]):
@@ -541,40 +536,17 @@ def train(model, splits, args, run_dir):
             best = {name: tensor.to("cpu", copy=True) for name, tensor in trained_state(model).items()}
         if RANK:
             continue                                        # process 0 writes for all
-        if epoch + 1 == args.epochs or cost <= SAVE_SHARE * (time.perf_counter() - saved):
-            begin = time.perf_counter()
+        if epoch + 1 == args.epochs or time.perf_counter() - saved > SAVE_SECONDS:
             with data.atomic(run_dir / CHECKPOINT) as temporary:
                 torch.save({"last": trained_state(model), "best": best, "optimizer": optimizer.state_dict(),
                             "history": history, "seconds": seconds}, temporary)
-            saved, cost = time.perf_counter(), time.perf_counter() - begin
+            saved = time.perf_counter()
         with data.atomic(run_dir / "log.csv") as temporary:
             lines = [history[0].keys(), *(row.values() for row in history)]
             temporary.write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
     if WORLD_SIZE > 1:
         dist.barrier()                                      # what process 0 wrote is there for all
     return history
-
-# --- What a run leaves behind ----------------------------------------------------------------------------
-
-def draw_curve(path, history, photos):
-    """Loss with the line of chance on the left, recall over `photos` validation photos on the right."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in history]
-    left.plot(epochs, [row["train_loss"] for row in history], "o-", ms=3, label="training, whole batch")
-    left.plot(epochs, [row["loss"] for row in history], "o-", ms=3, label="validation, groups of 64")
-    left.axhline(math.log(min(64, photos)), color="grey", ls=":", label="validation at chance")
-    for name, words, style in (("t2i_r", "caption to photo", "-"), ("i2t_r", "photo to caption", "--")):
-        for k, colour in ((10, "C2"), (5, "C1"), (1, "C0")):
-            recall = [row[f"{name}{k}"] for row in history]
-            right.plot(epochs, recall, style, color=colour, label=f"R@{k} {words}")
-    for axes, label in ((left, "contrastive loss"), (right, f"recall over {photos:,} photos, %")):
-        axes.set(xlabel="epoch", ylabel=label, ylim=(0, None))
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
-    with data.atomic(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
 
 # --- The command -----------------------------------------------------------------------------------------
 
@@ -615,7 +587,7 @@ def checked(args):
         if not low <= value <= high:
             raise InputError(f"--{name} {value} is not between {low} and {high:g}")
     if args.batch_size % WORLD_SIZE:
-        raise InputError(f"--batch-size {args.batch_size} can't be split evenly among {WORLD_SIZE} processes")
+        raise InputError(f"--batch-size {args.batch_size} doesn't divide among {WORLD_SIZE} processes")
     try:
         args.device = torch.empty(1, device=args.device).device
     except (RuntimeError, AssertionError) as error:
@@ -678,32 +650,29 @@ def open_run(config, tokenizer, args):
 def print_start(model, splits, args):
     """The opening block: device, size, data, steps, and the losses of a model that knows nothing."""
     device, steps_per_epoch = args.device, len(splits["train"].photos) // args.batch_size
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    name = f"{torch.cuda.get_device_name(device)}, bfloat16" if device.type == "cuda" else "CPU"
     vision, text, everything = (f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"
                                 for module in (model.vision_model, model.text_model, model))
-    print(f"device    {WORLD_SIZE} x {name}{', bfloat16' if device.type == 'cuda' else ''}"
-          f"{', compiled' if args.compile else ''}")
+    print(f"device    {WORLD_SIZE} x {name}{', compiled' if args.compile else ''}")
     print(f"model     vision {vision} + text {text} + projections = {everything} parameters")
     for name, split in splits.items():
         print(f"{name:10s}{len(split.photos):,} photos, {len(split.captions):,} captions")
     print(f"steps     {args.epochs * steps_per_epoch:,} of {args.batch_size} pairs in {args.epochs} epochs")
-    for name, pairs in (("training", args.batch_size), ("validation", min(64, len(splits["val"].photos)))):
-        print(f"chance    {name} loss ln {pairs} = {math.log(pairs):.3f}", flush=True)
+    group = min(64, len(splits["val"].photos))
+    print(f"chance    loss ln {args.batch_size} = {math.log(args.batch_size):.3f} in training, "
+          f"ln {group} = {math.log(group):.3f} in validation", flush=True)
 
 def finish(model, splits, history, args):
     """The closing block: the last and the best epoch on the test photos, if there are any; the figures."""
+    import finetune                         # all figures stand there
     state, name = load_checkpoint(args.out), "test" if "test" in splits else "val"
-    epochs = {"last": history[-1]["epoch"], "best": max(history, key=lambda row: row["rsum"])["epoch"]}
-    for which, epoch in epochs.items():
+    best, lowest = max(history, key=lambda row: row["rsum"]), min(history, key=lambda row: row["loss"])
+    for which, row in (("last", history[-1]), ("best", best)):
         model.load_state_dict(state[which], strict=False)
-        print(f"{which} epoch {epoch:3d}  {name} {describe(evaluate(model, splits[name]))}")
-    draw_curve(args.out / "curve.png", history, len(splits["val"].photos))
-    # Six captions from all over the validation split, each over the six photos that it finds first.
-    images, texts = embed(model, splits["val"])
-    captions = torch.linspace(0, len(texts) - 1, min(6, len(texts))).long()
-    found = (texts[captions] @ images.T).topk(min(6, len(images))).indices
-    data.draw_found(args.out / "retrieval.png", splits["val"], captions.tolist(), found.cpu())
-    lowest, minutes = min(history, key=lambda row: row["loss"]), history[-1]["minutes"]
+        print(f"{which} epoch {row['epoch']:3d}  {name} {describe(evaluate(model, splits[name]))}")
+    finetune.draw_curve(args.out / "curve.png", history, len(splits["val"].photos))
+    finetune.draw_retrieval(args.out / "retrieval.png", model, splits["val"])
+    minutes = history[-1]["minutes"]
     rate = len(history) * len(splits["train"].photos) / minutes / 60
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if args.device.type == "cuda" else ""
     print(f"lowest    validation loss {lowest['loss']:.4f}, in epoch {lowest['epoch']}")

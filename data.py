@@ -369,12 +369,14 @@ class Split:
 
     def take(self, rows, device):
         """Photos `rows` on the device, uint8 (len(rows), S, S, 3)."""
-        return self.photos[rows.to(self.photos.device)].to(device)
+        # Without non_blocking a copy to the GPU waits until that has done all it was asked to do before.
+        return self.photos[rows.to(self.photos.device, non_blocking=True)].to(device)
 
     def tokens(self, rows, device):
         """Ids of captions `rows`, (len(rows), T) int32, cut to the longest of them rounded up to a multiple
         of 8: a compiled model is compiled again for every length that it meets."""
-        return self.ids[rows, :-(-int(self.lengths[rows].max()) // 8) * 8].to(device)
+        longest = -(-int(self.lengths[rows].max()) // 8) * 8
+        return self.ids[rows, :longest].to(device, non_blocking=True)
 
 def make_split(names, photos, sentences, tokenizer, context):
     """A Split of photos (N, S, S, 3) uint8, with for each of them the list of its sentences."""
@@ -388,7 +390,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 def normalize(photos):
     """uint8 (B, S, S, 3) to the (B, 3, S, S) float that the model takes, each channel about N(0, 1)."""
-    mean, std = (torch.tensor(values, device=photos.device) for values in (MEAN, STD))
+    mean, std = torch.tensor([MEAN, STD]).to(photos.device, non_blocking=True)
     return ((photos / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 def augment(photos, size, scale=(0.4, 1.0), ratio=(3 / 4, 4 / 3)):
@@ -399,11 +401,11 @@ def augment(photos, size, scale=(0.4, 1.0), ratio=(3 / 4, 4 / 3)):
     sides = torch.empty(B, device=device).uniform_(math.log(ratio[0]), math.log(ratio[1])).exp()
     width, height = (area * sides).sqrt().clamp(max=1), (area / sides).sqrt().clamp(max=1)
     mirror = torch.randint(2, (B,), device=device) * 2 - 1
-    # Where output pixel (x, y, 1) comes from, with all coordinates from -1 to 1.
-    theta = torch.zeros(B, 2, 3, device=device)
-    theta[:, 0, 0], theta[:, 0, 2] = width * mirror, (1 - width) * torch.empty_like(width).uniform_(-1, 1)
-    theta[:, 1, 1], theta[:, 1, 2] = height, (1 - height) * torch.empty_like(height).uniform_(-1, 1)
-    grid = F.affine_grid(theta, (B, 3, size, size), align_corners=False)
+    # Where output pixel (x, y) comes from, with all coordinates from -1 to 1.
+    centres = (torch.arange(size, device=device) * 2 + 1) / size - 1                    # (size,)
+    x, y = (centres * side[:, None] + ((1 - side.abs()) * torch.empty_like(side).uniform_(-1, 1))[:, None]
+            for side in (width * mirror, height))                                       # (B, size) each
+    grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1)   # (B, size, size, 2)
     return F.grid_sample(normalize(photos), grid, padding_mode="border", align_corners=False)
 
 def load_flickr(folder, image_size, cache):
@@ -434,19 +436,3 @@ def load(name, tokenizer, image_size, context=77, cache="cache"):
     if tokenizer == "train":
         tokenizer = train_tokenizer(itertools.chain(*parts["train"][2]))
     return {split: make_split(*part, tokenizer, context) for split, part in parts.items()}, tokenizer
-
-def draw_found(path, split, captions, found):
-    """A picture: each of the captions (Q,) over the photos found for it (Q, K), the right one framed."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-    figure = Figure(figsize=(1.6 * found.shape[1], 1.9 * len(captions)), layout="constrained")
-    for axes, caption, photos in zip(figure.subplots(len(captions), squeeze=False)[:, 0], captions, found):
-        pictures = F.pad(split.take(photos, "cpu"), (0, 0, 2, 2), value=255)            # white between them
-        axes.imshow(torch.cat(list(pictures), dim=1).numpy())
-        axes.set_title(split.captions[caption][:110], loc="left", fontsize=9)
-        axes.axis("off")
-        for place in (photos == split.owner[caption]).nonzero()[:, 0].tolist():
-            corner, side = (place * pictures.shape[2] + 1, 0), pictures.shape[1]
-            axes.add_patch(Rectangle(corner, side + 1, side - 1, fill=False, ec="limegreen", lw=4))
-    with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=100, format="png")

@@ -13,6 +13,7 @@ Data, loss, metrics and training loop are those of clip.py: what stands here is 
 import argparse
 import copy
 import csv
+import math
 import statistics
 import sys
 from dataclasses import asdict, fields
@@ -98,10 +99,14 @@ def adapt(base, r, seed, splits, zero_shot, args):
     """
     folder = args.out / f"{f'r{r}' if r else 'full'}-seed{seed}"
     folder.mkdir(exist_ok=True)
-    model = copy.deepcopy(base)
+    model = copy.deepcopy(base).to(args.device)
     torch.manual_seed(seed)
     if r:
         insert(model, r, args)
+    if r and args.device.type == "cuda":
+        # Autocast rounds the frozen matrices to bf16 for each product. Rounded once they need no fp32 copy.
+        for layer in filter(lambda module: isinstance(module, torch.nn.Linear), model.modules()):
+            layer.weight.data = layer.weight.data.bfloat16()
     # B = 0 at the start, whatever A is. A first loss above the base's is a mistake, not "random adapters".
     assert evaluate(model, splits["val"]) == zero_shot, "the untrained model is not the base"
     trainable, everything = lora.trainable_parameters(model)
@@ -112,7 +117,7 @@ def adapt(base, r, seed, splits, zero_shot, args):
     if not r:                                               # then CLIP.load opens the folder
         clip.open_run(model.config, data.load_tokenizer(model.source), flags)
     history = clip.train(model, splits, flags, folder)
-    clip.draw_curve(folder / "curve.png", history, len(splits["val"].photos))
+    draw_curve(folder / "curve.png", history, len(splits["val"].photos))
     model.load_state_dict(clip.load_checkpoint(folder)["best"], strict=False)
     if r:
         lora.save_adapter(model, folder, args.base)
@@ -193,6 +198,49 @@ def table(rows, judged):
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines)
 
+# --- Figures, those of clip.py as well -----------------------------------------------------------------
+
+def draw_curve(path, history, photos):
+    """Loss with the line of chance on the left, recall over `photos` validation photos on the right."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in history]
+    left.plot(epochs, [row["train_loss"] for row in history], "o-", ms=3, label="training, whole batch")
+    left.plot(epochs, [row["loss"] for row in history], "o-", ms=3, label="validation, groups of 64")
+    left.axhline(math.log(min(64, photos)), color="grey", ls=":", label="validation at chance")
+    for name, words, style in (("t2i_r", "caption to photo", "-"), ("i2t_r", "photo to caption", "--")):
+        for k, colour in ((10, "C2"), (5, "C1"), (1, "C0")):
+            recall = [row[f"{name}{k}"] for row in history]
+            right.plot(epochs, recall, style, color=colour, label=f"R@{k} {words}")
+    for axes, label in ((left, "contrastive loss"), (right, f"recall over {photos:,} photos, %")):
+        axes.set(xlabel="epoch", ylabel=label, ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    with data.atomic(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+
+def draw_retrieval(path, model, split):
+    """Six captions from all over the split, each over the six photos that the model finds first, the right
+    one framed."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    images, texts = embed(model, split)
+    chosen = torch.linspace(0, len(texts) - 1, min(6, len(texts))).long()
+    found = (texts[chosen] @ images.T).topk(min(6, len(images))).indices.cpu()          # (6, 6)
+    figure = Figure(figsize=(1.6 * found.shape[1], 1.9 * len(chosen)), layout="constrained")
+    for axes, caption, photos in zip(figure.subplots(len(chosen), squeeze=False)[:, 0], chosen, found):
+        pictures = split.take(photos, split.photos.device).cpu()                        # (6, S, S, 3)
+        pictures = torch.nn.functional.pad(pictures, (0, 0, 2, 2), value=255)           # white between them
+        axes.imshow(torch.cat(list(pictures), dim=1).numpy())
+        axes.set_title(split.captions[caption][:110], loc="left", fontsize=9)
+        axes.axis("off")
+        for place in (photos == split.owner[caption]).nonzero()[:, 0].tolist():
+            corner, side = (place * pictures.shape[2] + 1, 0), pictures.shape[1]
+            axes.add_patch(Rectangle(corner, side + 1, side - 1, fill=False, ec="limegreen", lw=4))
+    with data.atomic(path) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
+
 def draw_study(path, histories, zero_shot, swept):
     """Validation loss and recall by epoch, with the base as a dashed line, and recall by adapter strength."""
     from matplotlib.figure import Figure
@@ -266,6 +314,7 @@ def run(args):
     zero_shot = {name: evaluate(base, split) for name, split in judged.items()}
     for name, row in zero_shot.items():
         print(f"{'zero-shot':12s}{name:12s}{describe(row)}", flush=True)
+    base.cpu()                                              # a GPU holds the copy that trains, and no other
     rows, histories, swept = study(base, args, splits, judged, zero_shot)
     first = {"variant": "zero-shot", "seed": "", "trainable": 0, "minutes": 0.0,
              "lowest val loss": zero_shot["val"]["loss"],

@@ -1149,7 +1149,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(monkeypatch, tmp_pat
         return evaluate(*arguments)
 
     monkeypatch.setattr(clip, "evaluate", interrupted)
-    monkeypatch.setattr(clip, "SAVE_SHARE", 1e9)            # saves after every epoch
+    monkeypatch.setattr(clip, "SAVE_SECONDS", 0)            # saves after every epoch
     assert train_shapes(monkeypatch, tmp_path, "--out", "halves") == 130
     monkeypatch.undo()
     assert train_shapes(monkeypatch, tmp_path, "--out", "halves", "--resume") == 0
@@ -1195,7 +1195,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(m
         return loss(logits) * (torch.nan if len(steps) > 12 else 1)
 
     monkeypatch.setattr(clip, "contrastive_loss", poisoned)
-    monkeypatch.setattr(clip, "SAVE_SHARE", 1e9)
+    monkeypatch.setattr(clip, "SAVE_SECONDS", 0)
     assert train_shapes(monkeypatch, tmp_path) == 2
     assert "not finite" in capsys.readouterr().err
     state = clip.load_checkpoint("runs/shapes")
@@ -1213,7 +1213,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(monkeypatch, tmp
         save(state, path)
 
     monkeypatch.setattr(torch, "save", full)
-    monkeypatch.setattr(clip, "SAVE_SHARE", 1e9)
+    monkeypatch.setattr(clip, "SAVE_SECONDS", 0)
     assert train_shapes(monkeypatch, tmp_path) == 2
     assert "perhaps the disk is full" in capsys.readouterr().err
     assert len(clip.load_checkpoint("runs/shapes")["history"]) == 1
@@ -1283,8 +1283,8 @@ torch.distributed.destroy_process_group()
 """
 
 def torchrun(*command, cwd):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                           *command], cwd=cwd, timeout=170, capture_output=True, text=True,
+    launch = sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"
+    return subprocess.run([*launch, *command], cwd=cwd, timeout=170, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
 
 # With micro-batches a process sums its gradients in another order: rounding.
