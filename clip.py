@@ -4,7 +4,7 @@
     python clip.py --epochs 55       ViT-B/16 from scratch on Flickr30k, on a GPU
 
 Both write runs/NAME/: log, learning curve, retrieval picture and a model that `CLIP.load` opens. The paper:
-Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", arXiv:2103.00020.
+Radford et al. 2021, Learning Transferable Visual Models From Natural Language Supervision, arXiv:2103.00020.
 Module names are those of Hugging Face's CLIPModel, so that released weights load unchanged.
 
 Shapes: B pairs in a batch, T tokens of a caption (or patches of a photo, plus one), C channels of a tower,
@@ -324,9 +324,8 @@ class CLIP(nn.Module):
         return finetune.read_released(name_or_dir)
 
     def save_pretrained(self, folder, tokenizer=None):
-        """Writes a Hugging Face folder, which transformers' CLIPModel and CLIPProcessor open. tokenizer: None
-        is the one that the model came with. Raises InputError for what is unknown there: a BERT-style text
-        tower, and adapters that are not merged."""
+        """Writes a Hugging Face folder for transformers' CLIPModel and CLIPProcessor. tokenizer: None is the
+        model's own. Raises InputError for a BERT-style text tower, unknown there, and unmerged adapters."""
         import finetune
         finetune.write_released(self, folder, tokenizer)
 
@@ -420,6 +419,14 @@ def learning_rate(step, steps, peak, warmup):
         return peak * (step + 1) / (warmup * steps + 1)
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup * steps) / (steps - warmup * steps)))
 
+def compile_parts(model):
+    """torch.compile, part by part: equal blocks are compiled once for each length of the captions."""
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = 64
+    for part in model.modules():
+        if isinstance(part, (VisionEmbeddings, Block)):
+            part.compile(dynamic=False)
+
 def trained_state(model):
     """What training changes: all parameters from scratch, the adapters with LoRA."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -433,9 +440,8 @@ def encode_pairs(model, split, pairs, seed):
     pixels = split.take(photos, device)                                                 # (b, S, S, 3)
     # Photos are stored with a margin for crops. Drawn scenes are not: a crop makes "left" and "large" wrong.
     pixels = data.augment(pixels, size) if pixels.shape[1] > size else data.normalize(pixels)
-    ids = split.tokens(captions, device)                                                # (b, T)
     with autocast(device):
-        return model.encode_image(pixels), model.encode_text(ids)
+        return model.encode_image(pixels), model.encode_text(split.tokens(captions, device))
 
 def gather(x):
     """The rows of all processes, (B / processes, E) to (B, E), without a graph."""
@@ -493,12 +499,8 @@ def train(model, splits, args, run_dir):
         history, seconds, best = state["history"], state["seconds"], state["best"]
     if args.resume:
         print(f"resumed   after epoch {len(history)}{'' if history else ': no checkpoint yet'}")
-    if args.compile:    # part by part: 12 equal blocks are compiled once for each length of the captions
-        torch._dynamo.reset()
-        torch._dynamo.config.recompile_limit = 64
-        for part in model.modules():
-            if isinstance(part, (VisionEmbeddings, Block)):
-                part.compile(dynamic=False)
+    if args.compile:
+        compile_parts(model)
     model.train()
     for epoch in range(len(history), args.epochs):
         pairs = split.pairs(args.seed, epoch)               # (N, 2): every photo, with one of its captions
@@ -597,8 +599,7 @@ def checked(args):
     if WORLD_SIZE > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
-    if RANK:
-        sys.stdout = open(os.devnull, "w")                  # process 0 speaks for all
+        sys.stdout = open(os.devnull, "w") if RANK else sys.stdout          # process 0 speaks for all
     return args
 
 def parse_args(argv):
@@ -620,7 +621,7 @@ def load_data(args, tokenizer, config):
     if (args.out / "config.json").exists() and not args.resume:
         raise InputError(f"{args.out} holds a run: --resume goes on with it, --out DIR starts another")
     if RANK:
-        dist.barrier()                                      # process 0 stores the photos, the others find them
+        dist.barrier()                                      # process 0 stores the photos, others find them
     splits, tokenizer = data.load(args.data, tokenizer, config.image_size, config.max_position_embeddings)
     if RANK == 0 and WORLD_SIZE > 1:
         dist.barrier()
@@ -658,9 +659,8 @@ def print_start(model, splits, args):
     for name, split in splits.items():
         print(f"{name:10s}{len(split.photos):,} photos, {len(split.captions):,} captions")
     print(f"steps     {args.epochs * steps_per_epoch:,} of {args.batch_size} pairs in {args.epochs} epochs")
-    group = min(64, len(splits["val"].photos))
-    print(f"chance    loss ln {args.batch_size} = {math.log(args.batch_size):.3f} in training, "
-          f"ln {group} = {math.log(group):.3f} in validation", flush=True)
+    for name, pairs in (("training", args.batch_size), ("validation", min(64, len(splits["val"].photos)))):
+        print(f"chance    {name} loss ln {pairs} = {math.log(pairs):.3f}", flush=True)
 
 def finish(model, splits, history, args):
     """The closing block: the last and the best epoch on the test photos, if there are any; the figures."""
