@@ -447,9 +447,9 @@ def gather(x):
     """The rows of all processes, (B / processes, E) to (B, E), without a graph."""
     if WORLD_SIZE == 1:
         return x.detach()
-    rows = x.new_empty(WORLD_SIZE * len(x), x.shape[1])
-    dist.all_gather_into_tensor(rows, x.detach())
-    return rows
+    parts = [torch.empty_like(x) for _ in range(WORLD_SIZE)]
+    dist.all_gather(parts, x.detach())
+    return torch.cat(parts)
 
 def backward(model, encode, micro_batches):
     """The loss over the pairs of all processes, a scalar; leaves its gradient in the parameters. encode(i):

@@ -14,6 +14,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -35,16 +36,27 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; --help lists the flags")
 
 def command(argv, parse_args, run):
-    """Runs a command and returns its exit code: bad input, or an OSError, is one line on stderr and 2."""
+    """Runs a command and returns its exit code: bad input, or an OSError, is one line on stderr and 2; Ctrl-C
+    is one and 130, SIGTERM one and 143, as shells count them."""
+    def stop(number, frame):
+        raise KeyboardInterrupt(number)
+    handler = signal.signal(signal.SIGTERM, stop)
     try:
         run(parse_args(argv))
         return 0
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except RuntimeError as error:
+        if "RANK" not in os.environ:                        # else another process of the job has ended
+            raise
+        print(f"error: {str(error).splitlines()[0]}; --resume goes on with the run", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stopped:
         print("stopped: --resume goes on from the last checkpoint, where there is one", file=sys.stderr)
-        return 130
+        return 143 if stopped.args else 130
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 @contextmanager
 def atomic(path):

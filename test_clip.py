@@ -12,10 +12,12 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -1310,6 +1312,45 @@ def test_a_run_of_two_processes_is_logged_once_and_goes_on_in_one(album):
     done = run_process(*flags, "--resume", cwd=album.parent)
     assert done.returncode == 0, done.stderr
     assert "resumed   after epoch 2" in done.stdout
+
+def test_a_study_of_two_processes_leaves_its_files_once(album):
+    done = run_process(*TOY, "--data", "photos", cwd=album.parent)
+    assert done.returncode == 0, done.stderr
+    # Behind `--`, or torchrun takes --r for an abbreviation of its own flags.
+    done = torchrun("--", str(HERE / "finetune.py"), "--base", "runs/photos", "--data", "photos", "--r", "2",
+                    "--epochs", "1", "--batch-size", "40", "--device", "cpu", "--out", "runs/study",
+                    cwd=album.parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("zero-shot   val") == done.stdout.count("done ") == 1
+    assert {p.name for p in (album.parent / "runs/study").iterdir()} == {
+        "config.json", "tokenizer", "r2-seed0", "study.csv", "study.png"}
+    assert not list(album.parent.glob("runs/study/**/.*"))
+
+@slow
+def test_a_killed_process_ends_the_whole_job_with_one_line(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(HERE / "clip.py"), "--data", "shapes", "--device", "cpu"]
+    with open(tmp_path / "log", "w") as log, open(tmp_path / "errors", "w") as errors:
+        job = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=errors)
+        while "step" not in (tmp_path / "log").read_text() and job.poll() is None:
+            time.sleep(0.1)
+        workers = subprocess.check_output(["pgrep", "-P", str(job.pid)], text=True).split()
+        os.kill(int(workers[-1]), signal.SIGKILL)
+        assert job.wait(timeout=60) != 0
+    lines = (tmp_path / "errors").read_text().splitlines()
+    assert len([line for line in lines if line.startswith(("stopped: --resume", "error: "))]) == 1
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_says_so_in_one_line(number, code, tmp_path):
+    with open(tmp_path / "log", "w") as log, open(tmp_path / "errors", "w") as errors:
+        run = subprocess.Popen([sys.executable, HERE / "clip.py", "--data", "shapes", "--device", "cpu"],
+                               cwd=tmp_path, stdout=log, stderr=errors)
+        while "step" not in (tmp_path / "log").read_text() and run.poll() is None:
+            time.sleep(0.1)
+        run.send_signal(number)
+        assert run.wait(timeout=60) == code
+    assert (tmp_path / "errors").read_text().splitlines() == [
+        "stopped: --resume goes on from the last checkpoint, where there is one"]
 
 def test_patch_dropout_shows_half_of_the_patches_in_training_and_all_in_evaluation():
     model, pixels = small_model(), photos(3)
