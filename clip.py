@@ -554,7 +554,7 @@ def train(model, splits, args, run_dir):
 
 # For the drawn worlds these are the defaults: a small model for a small world.
 SHAPES = dict(model="tiny", tokenizer="train", epochs=9, batch_size=128, lr=1e-3, weight_decay=0.1)
-FREE = ("resume", "device", "compile", "out")               # flags that a resumed run may change
+FREE = ("resume", "device", "compile", "micro_batch", "out")        # flags that a resumed run may change
 
 FLAGS = (       # of clip.py and finetune.py: name, default, least, most, help
     ("epochs", 55, 1, 1e6, "times that each photo is seen"),
