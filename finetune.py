@@ -8,7 +8,8 @@
 Every rank, and with --full the training of all weights, starts from the same base and sees the same batches.
 They leave runs/BASE-DATA/: a folder for each, its adapter in peft's format, and study.csv and study.png.
 
-Data, loss, metrics and training loop are those of clip.py: what stands here is what adaptation changes.
+Data, loss, metrics and training loop are those of clip.py: what stands here is what adaptation changes, and
+beside it the exchange with Hugging Face's files and the figures, which clip.py calls too.
 """
 import argparse
 import copy
@@ -198,7 +199,7 @@ def table(rows, judged):
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines)
 
-# --- Figures, those of clip.py as well -----------------------------------------------------------------
+# --- Figures, those of clip.py as well -------------------------------------------------------------------
 
 def draw_curve(path, history, photos):
     """Loss with the line of chance on the left, recall over `photos` validation photos on the right."""
