@@ -321,7 +321,7 @@ class CLIP(nn.Module):
         """The model of a hub name, a Hugging Face folder or a run of this file, in eval mode on the CPU. Each
         weight of the file has its place here and each place its weight, or InputError is raised."""
         import finetune                     # the exchange with Hugging Face's files stands there
-        return finetune.read_released(name_or_dir)
+        return finetune.read_released(cls, name_or_dir)
 
     def save_pretrained(self, folder, tokenizer=None):
         """Writes a Hugging Face folder for transformers' CLIPModel and CLIPProcessor. tokenizer: None is the
@@ -534,10 +534,10 @@ def train(model, splits, args, run_dir):
         is_best = row["rsum"] > max((before["rsum"] for before in history[:-1]), default=-1)
         print(f"epoch {epoch + 1:3d}/{args.epochs}  train {train_loss:.4f}  val {describe(row)}"
               f"{'  best' if is_best else ''}", flush=True)
-        if is_best:
-            best = {name: tensor.to("cpu", copy=True) for name, tensor in trained_state(model).items()}
         if RANK:
             continue                                        # process 0 writes for all
+        if is_best:
+            best = {name: tensor.to("cpu", copy=True) for name, tensor in trained_state(model).items()}
         if epoch + 1 == args.epochs or time.perf_counter() - saved > SAVE_SECONDS:
             with data.atomic(run_dir / CHECKPOINT) as temporary:
                 torch.save({"last": trained_state(model), "best": best, "optimizer": optimizer.state_dict(),

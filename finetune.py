@@ -30,11 +30,11 @@ from data import InputError
 
 # --- Released weights ------------------------------------------------------------------------------------
 
-def read_released(name_or_dir):
-    """CLIP.from_pretrained: our CLIP with the weights of a hub name, a Hugging Face folder or a run."""
+def read_released(cls, name_or_dir):
+    """cls.from_pretrained: our CLIP with the weights of a hub name, a Hugging Face folder or a run."""
     import transformers
     if (Path(name_or_dir) / clip.CHECKPOINT).exists():
-        return CLIP.load(name_or_dir)
+        return cls.load(name_or_dir)
     try:
         released, report = transformers.CLIPModel.from_pretrained(name_or_dir, output_loading_info=True)
     except Exception as error:                              # the hub's client has dozens of kinds
@@ -50,9 +50,9 @@ def read_released(name_or_dir):
               for tower in (vision, text)]
     # Older configurations say 2 and mean the end token, which has the largest id (transformers #24650).
     eos_token_id = text.vocab_size - 1 if text.eos_token_id == 2 else text.eos_token_id
-    model = CLIP(CLIPConfig(*towers, vision.image_size, vision.patch_size, text.vocab_size,
-                            text.max_position_embeddings, eos_token_id, released.config.projection_dim,
-                            text.hidden_act, causal=True))
+    model = cls(CLIPConfig(*towers, vision.image_size, vision.patch_size, text.vocab_size,
+                           text.max_position_embeddings, eos_token_id, released.config.projection_dim,
+                           text.hidden_act, causal=True))
     model.load_state_dict(released.state_dict())
     model.source = name_or_dir
     return model.eval()
@@ -99,7 +99,7 @@ def adapt(base, r, seed, splits, zero_shot, args):
     the validation photos, which that of the untrained adapters must equal.
     """
     folder = args.out / f"{f'r{r}' if r else 'full'}-seed{seed}"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)               # process 0 may not have made args.out yet
     model = copy.deepcopy(base).to(args.device)
     torch.manual_seed(seed)
     if r:
@@ -118,9 +118,10 @@ def adapt(base, r, seed, splits, zero_shot, args):
     if not r:                                               # then CLIP.load opens the folder
         clip.open_run(model.config, data.load_tokenizer(model.source), flags)
     history = clip.train(model, splits, flags, folder)
-    draw_curve(folder / "curve.png", history, len(splits["val"].photos))
     model.load_state_dict(clip.load_checkpoint(folder)["best"], strict=False)
-    if r:
+    if clip.RANK == 0:
+        draw_curve(folder / "curve.png", history, len(splits["val"].photos))
+    if clip.RANK == 0 and r:
         lora.save_adapter(model, folder, args.base)
     return model, history
 
@@ -317,6 +318,8 @@ def run(args):
         print(f"{'zero-shot':12s}{name:12s}{describe(row)}", flush=True)
     base.cpu()                                              # a GPU holds the copy that trains, and no other
     rows, histories, swept = study(base, args, splits, judged, zero_shot)
+    if clip.RANK:
+        return                                              # process 0 writes for all
     first = {"variant": "zero-shot", "seed": "", "trainable": 0, "minutes": 0.0,
              "lowest val loss": zero_shot["val"]["loss"],
              **{f"{name} {key}": value for name, row in zero_shot.items() for key, value in row.items()}}

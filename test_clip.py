@@ -1284,10 +1284,20 @@ torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
 
+TORCHRUN = sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"
+
 def torchrun(*command, cwd):
-    launch = sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"
-    return subprocess.run([*launch, *command], cwd=cwd, timeout=170, capture_output=True, text=True,
+    return subprocess.run([*TORCHRUN, *command], cwd=cwd, timeout=170, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+
+def started(*launch, cwd):
+    """A run of clip.py, launched so, that has begun; what it says goes to the files log and errors in cwd."""
+    with open(cwd / "log", "w") as log, open(cwd / "errors", "w") as errors:
+        process = subprocess.Popen([*launch, HERE / "clip.py", "--data", "shapes", "--device", "cpu"],
+                                   cwd=cwd, stdout=log, stderr=errors)
+    while "step" not in (cwd / "log").read_text() and process.poll() is None:
+        time.sleep(0.1)
+    return process
 
 # With micro-batches a process sums its gradients in another order: rounding.
 @pytest.mark.parametrize("micro_batch, tolerance", [(6, 1e-6), (2, 1e-5)])
@@ -1328,27 +1338,18 @@ def test_a_study_of_two_processes_leaves_its_files_once(album):
 
 @slow
 def test_a_killed_process_ends_the_whole_job_with_one_line(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(HERE / "clip.py"), "--data", "shapes", "--device", "cpu"]
-    with open(tmp_path / "log", "w") as log, open(tmp_path / "errors", "w") as errors:
-        job = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=errors)
-        while "step" not in (tmp_path / "log").read_text() and job.poll() is None:
-            time.sleep(0.1)
-        workers = subprocess.check_output(["pgrep", "-P", str(job.pid)], text=True).split()
-        os.kill(int(workers[-1]), signal.SIGKILL)
-        assert job.wait(timeout=60) != 0
+    job = started(*TORCHRUN, cwd=tmp_path)
+    workers = subprocess.check_output(["pgrep", "-P", str(job.pid)], text=True).split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    assert job.wait(timeout=60) != 0
     lines = (tmp_path / "errors").read_text().splitlines()
     assert len([line for line in lines if line.startswith(("stopped: --resume", "error: "))]) == 1
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_run_says_so_in_one_line(number, code, tmp_path):
-    with open(tmp_path / "log", "w") as log, open(tmp_path / "errors", "w") as errors:
-        run = subprocess.Popen([sys.executable, HERE / "clip.py", "--data", "shapes", "--device", "cpu"],
-                               cwd=tmp_path, stdout=log, stderr=errors)
-        while "step" not in (tmp_path / "log").read_text() and run.poll() is None:
-            time.sleep(0.1)
-        run.send_signal(number)
-        assert run.wait(timeout=60) == code
+    run = started(sys.executable, cwd=tmp_path)
+    run.send_signal(number)
+    assert run.wait(timeout=60) == code
     assert (tmp_path / "errors").read_text().splitlines() == [
         "stopped: --resume goes on from the last checkpoint, where there is one"]
 
