@@ -90,6 +90,10 @@ def name_of(r):
 def insert(model, r, args):
     """Adapters of rank r with the flags' alpha (the study's is 2 r), dropout and targets."""
     lora.add_lora(model, r, 2 * r if args.alpha is None else args.alpha, args.dropout, args.targets)
+    if args.device.type == "cuda":
+        # Autocast rounds the frozen matrices to bf16 for each product. Rounded once they need no fp32 copy.
+        for layer in filter(lambda module: isinstance(module, torch.nn.Linear), model.modules()):
+            layer.weight.data = layer.weight.data.bfloat16()
 
 def adapt(base, r, seed, splits, zero_shot, args):
     """Trains a copy of the base: adapters of rank r, or all its weights if r is 0. Returns the model of the
@@ -104,10 +108,6 @@ def adapt(base, r, seed, splits, zero_shot, args):
     torch.manual_seed(seed)
     if r:
         insert(model, r, args)
-    if r and args.device.type == "cuda":
-        # Autocast rounds the frozen matrices to bf16 for each product. Rounded once they need no fp32 copy.
-        for layer in filter(lambda module: isinstance(module, torch.nn.Linear), model.modules()):
-            layer.weight.data = layer.weight.data.bfloat16()
     # B = 0 at the start, whatever A is. A first loss above the base's is a mistake, not "random adapters".
     assert evaluate(model, splits["val"]) == zero_shot, "the untrained model is not the base"
     trainable, everything = lora.trainable_parameters(model)

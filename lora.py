@@ -55,8 +55,8 @@ class LoRALinear(nn.Linear):
         y = F.linear(x, self.weight, self.bias)                                         # (..., out)
         if self.merged:
             return y
-        x = F.linear(self.dropout(x), self.lora_A)                                      # (..., r)
-        return y + F.linear(x, self.lora_B) * self.scaling                              # (..., out)
+        x = F.linear(self.dropout(x), self.lora_A) * self.scaling                       # (..., r)
+        return y + F.linear(x, self.lora_B)                                             # (..., out)
 
     def delta(self):
         """What the adapter adds to the weight, (out, in)."""
