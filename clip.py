@@ -13,12 +13,14 @@ H heads, D = C / H channels of a head, P pixels on the side of a patch, E channe
 import argparse
 import atexit
 import copy
+import gc
 import json
 import math
 import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations, product
 from pathlib import Path
 
 import torch
@@ -72,7 +74,6 @@ class Attention(nn.Module):
     x (B, T, C) to (B, T, C). Row t of the softmax says how much token t takes from every other token. Where
     `mask`, of a shape that broadcasts to (B, H, T, T), is False, Q K^T is set to minus infinity: weight 0.
     """
-
     def __init__(self, config):
         super().__init__()
         self.num_heads = config.num_attention_heads
@@ -100,7 +101,6 @@ ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 
 class MLP(nn.Module):
     """Two Linears with an activation between, applied to each token on its own."""
-
     def __init__(self, config, hidden_act):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -113,7 +113,6 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block, (B, T, C) to (B, T, C): the residual stream x is never normalised, only
     what is read from it; deep stacks then train without tricks (Xiong et al. 2020, arXiv:2002.04745)."""
-
     def __init__(self, config, hidden_act):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size)
@@ -129,7 +128,6 @@ class Block(nn.Module):
 
 class Encoder(nn.Module):
     """A stack of blocks, the same for photos and captions."""
-
     def __init__(self, config, hidden_act):
         super().__init__()
         self.layers = nn.ModuleList(Block(config, hidden_act) for _ in range(config.num_hidden_layers))
@@ -144,7 +142,6 @@ class Encoder(nn.Module):
 class VisionEmbeddings(nn.Module):
     """Photos (B, 3, S, S) to tokens (B, T, C): one for each P x P patch, and before them the class token,
     which has no pixels of its own and gathers what the blocks find."""
-
     def __init__(self, config):
         super().__init__()
         C, P = config.vision.hidden_size, config.patch_size
@@ -171,7 +168,6 @@ class VisionEmbeddings(nn.Module):
 
 class VisionTransformer(nn.Module):
     """ViT (Dosovitskiy et al. 2020, arXiv:2010.11929): photos (B, 3, S, S) to pooled features (B, C)."""
-
     def __init__(self, config):
         super().__init__()
         self.embeddings = VisionEmbeddings(config)
@@ -189,18 +185,20 @@ class VisionTransformer(nn.Module):
 
 class TextEmbeddings(nn.Module):
     """Token ids (B, T) to vectors (B, T, C): what the token is, plus where it stands."""
-
     def __init__(self, config):
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.text.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.text.hidden_size)
+        self.word_dropout = 0.0                             # share of the tokens that training replaces
 
     def forward(self, ids):
+        if self.training and self.word_dropout:             # else a few captions are learnt by heart
+            kept = torch.rand(ids.shape, device=ids.device) >= self.word_dropout
+            ids = ids.where(kept, torch.randint_like(ids, self.token_embedding.num_embeddings))
         return self.token_embedding(ids) + self.position_embedding.weight[:ids.shape[1]]
 
 class TextTransformer(nn.Module):
     """Captions (B, T), each `<start> words <end> padding`, to pooled features (B, C) of their end token."""
-
     def __init__(self, config):
         super().__init__()
         self.causal, self.eos_token_id = config.causal, config.eos_token_id
@@ -266,16 +264,16 @@ def load_checkpoint(run_dir):
         raise InputError(f"{path} is missing, damaged or no checkpoint ({type(error).__name__})") from error
 
 def read_run(run_dir):
-    """What a run of this file is: {"model": CLIPConfig as a dict, "run": its flags}."""
+    """What a run of this file is: its CLIPConfig and its flags, a dict of strings."""
     try:
         run = json.loads((Path(run_dir) / "config.json").read_text())
-        return {"model": dict(run["model"]), "run": dict(run["run"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        towers = {name: TowerConfig(**run["model"].pop(name)) for name in ("vision", "text")}
+        return CLIPConfig(**run["model"], **towers), dict(run["run"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{run_dir} is no run of clip.py, or damaged: {error!r}") from error
 
 class CLIP(nn.Module):
     """Two towers and a temperature; `forward` is figure 3 of the paper."""
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -311,9 +309,7 @@ class CLIP(nn.Module):
     def load(cls, run_dir, epoch="best"):
         """The model of a run of this file after its "best" or "last" epoch, in eval mode on the CPU. Raises
         InputError where there is none."""
-        config = read_run(run_dir)["model"]
-        towers = {name: TowerConfig(**config.pop(name)) for name in ("vision", "text")}
-        model = cls(CLIPConfig(**config, **towers))
+        model = cls(read_run(run_dir)[0])
         model.load_state_dict(load_checkpoint(run_dir)[epoch])
         model.source = Path(run_dir) / "tokenizer"
         return model.eval()
@@ -339,6 +335,16 @@ def contrastive_loss(logits_per_image):
     loss_image = F.cross_entropy(logits_per_image.float(), labels)
     loss_text = F.cross_entropy(logits_per_image.float().T, labels)
     return (loss_image + loss_text) / 2
+
+def multiview_loss(model, image_embeds, text_embeds):
+    """V crops (B, V, E) and K captions (B, K, E) of B photos: (loss, its first part), scalars. The first part
+    is contrastive_loss over all V K ways to pair a crop with a caption, their mean. To it come the means over
+    crops among themselves (SLIP, arXiv:2112.12750) and captions among themselves, where there are several."""
+    crops, captions = image_embeds.unbind(1), text_embeds.unbind(1)                     # V and K times (B, E)
+    parts = [[contrastive_loss(model.similarity(a, b)) for a, b in pairs]
+             for pairs in (product(crops, captions), combinations(crops, 2), combinations(captions, 2))]
+    means = [sum(losses) / len(losses) for losses in parts if losses]
+    return sum(means), means[0]
 
 def recall_at_k(similarity, caption_owner, ks=(1, 5, 10)):
     """Retrieval recall as published for Flickr30k, both ways.
@@ -424,6 +430,7 @@ def learning_rate(step, steps, peak, warmup):
 def compile_parts(model):
     """torch.compile, part by part: equal blocks are compiled once for each length of the captions. Then each
     tower's training is recorded as CUDA graphs."""
+    gc.collect()                                            # with the graphs of an earlier training
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 64
     torch._inductor.config.fallback_random = True       # PyTorch's own dropout: half the time of Inductor's
@@ -436,13 +443,13 @@ def compile_parts(model):
 def replay_graphs(tower):
     """Lets a tower train by CUDA graphs, one for each shape of its input: one call replays the thousand
     kernels of a pass, which Python starts one by one, in small batches slower than the GPU runs them."""
-    eager, graphs, pool = copy.copy(tower), {}, torch.cuda.graph_pool_handle()
+    plain, graphs, pool = copy.copy(tower), {}, torch.cuda.graph_pool_handle()
     def forward(x):
         if not tower.training:
-            return eager(x)
+            return plain(x)
         if x.shape not in graphs:
             with torch.enable_grad(), torch.random.fork_rng([x.device]):
-                graphs[x.shape] = torch.cuda.make_graphed_callables(copy.copy(eager), (x.clone(),), pool=pool)
+                graphs[x.shape] = torch.cuda.make_graphed_callables(copy.copy(plain), (x.clone(),), pool=pool)
         return graphs[x.shape](x)
     tower.forward = forward
 
@@ -450,20 +457,21 @@ def trained_state(model):
     """What training changes: all parameters from scratch, the adapters with LoRA."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
-def encode_pairs(model, split, pairs, seed):
-    """Pairs (b, 2) of a photo and a caption of the split to embeddings (b, E) of photos and of captions. The
-    same seed makes the same crops and the same dropout."""
+def encode_pairs(model, split, pairs, seed, views=1):
+    """Photos, and K captions of each, as rows (b, 1 + K) of the split: embeddings of `views` crops (b, V, E)
+    and of the captions (b, K, E). The same seed makes the same crops and the same dropout."""
     torch.manual_seed(seed)
     device, size = model.logit_scale.device, model.config.image_size
-    photos, captions = pairs.T                                                          # (b,), (b,)
-    pixels = split.take(photos, device)                                                 # (b, S, S, 3)
+    pixels = split.take(pairs[:, 0].repeat_interleave(views), device)                   # (b V, S, S, 3)
     # Photos are stored with a margin for crops. Drawn scenes are not: a crop makes "left" and "large" wrong.
     pixels = data.augment(pixels, size) if pixels.shape[1] > size else data.normalize(pixels)
+    ids = split.tokens(pairs[:, 1:].flatten(), device)                                  # (b K, T)
     with autocast(device):
-        return model.encode_image(pixels), model.encode_text(split.tokens(captions, device))
+        image_embeds, text_embeds = model.encode_image(pixels), model.encode_text(ids)
+    return image_embeds.unflatten(0, (len(pairs), -1)), text_embeds.unflatten(0, (len(pairs), -1))
 
 def gather(x):
-    """The rows of all processes, (B / processes, E) to (B, E), without a graph."""
+    """The rows of all processes, (B / processes, ...) to (B, ...), without a graph."""
     if WORLD_SIZE == 1:
         return x.detach()
     parts = [torch.empty_like(x) for _ in range(WORLD_SIZE)]
@@ -471,21 +479,21 @@ def gather(x):
     return torch.cat(parts)
 
 def backward(model, encode, micro_batches):
-    """The loss over the pairs of all processes, a scalar; leaves its gradient in the parameters. encode(i):
-    the embeddings of micro-batch i, (b, E) for photos and for captions, the same each time it is called.
+    """The first part of multiview_loss over the pairs of all processes; leaves the whole loss's gradient in
+    the parameters. encode(i): embeddings of micro-batch i as from encode_pairs, the same each time.
 
     Any batch fits where one micro-batch does, exactly, by gradient caching (Gao 2021, arXiv:2101.06983):
     1. Embed all pairs. Of several micro-batches keep no graph: that is what fills the memory.
     2. The loss is a function of the embeddings alone: compute it, and its gradient for each of them.
     3. Embed each micro-batch again, now with a graph, and send its part of that gradient through it.
     """
-    if micro_batches > 1:       # a replayed graph leaves its gradients in the same place: add them up elsewhere
+    if micro_batches > 1:       # a replayed graph leaves gradients in the same place: add them up elsewhere
         for p in filter(lambda p: p.requires_grad, model.parameters()):
             p.grad = torch.zeros_like(p)
     with torch.set_grad_enabled(micro_batches == 1):
         embeds = [encode(i) for i in range(micro_batches)]
-    image_embeds, text_embeds = (gather(torch.cat(part)).requires_grad_() for part in zip(*embeds))  # (B, E)
-    loss = contrastive_loss(model.similarity(image_embeds, text_embeds))
+    image_embeds, text_embeds = (gather(torch.cat(part)).requires_grad_() for part in zip(*embeds))
+    loss, first = multiview_loss(model, image_embeds, text_embeds)
     loss.backward()
     sizes = [len(images) for images, _ in embeds]
     own = (x.grad.chunk(WORLD_SIZE)[RANK].split(sizes) for x in (image_embeds, text_embeds))
@@ -493,27 +501,24 @@ def backward(model, encode, micro_batches):
         torch.autograd.backward(embeds[i] if micro_batches == 1 else encode(i), gradient)
     if WORLD_SIZE > 1:
         # Each process has the gradient of its own pairs. That of the scale, from all logits, is whole.
-        gradients = [p.grad for p in model.parameters() if p.grad is not None and p is not model.logit_scale]
-        total = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(total)
-        for gradient, part in zip(gradients, total.split([gradient.numel() for gradient in gradients])):
-            gradient.copy_(part.view_as(gradient))
-    return loss.detach()
+        for p in model.parameters():
+            if p.grad is not None and p is not model.logit_scale:
+                dist.all_reduce(p.grad)
+    return first.detach()
 
 SAVE_SECONDS = 20   # at least from one checkpoint to the next: else short epochs would wait for the disk
 
 def train(model, splits, args, run_dir):
-    """Trains all that requires a gradient; returns the history, one evaluated row for each epoch.
-
-    Writes log.csv after each epoch and the checkpoint often; its best epoch is that of the highest rsum.
-    The batches of an epoch derive from (seed, epoch), crops and dropout from (seed, step): a resumed run does
-    what an uninterrupted one does, on the CPU bit for bit. Raises InputError when the loss is not finite.
-    """
+    """Trains all that requires a gradient; returns the history, one evaluated row for each epoch. Writes
+    log.csv after each, the checkpoint often; its best epoch is that of the highest rsum. An epoch's batches
+    derive from (seed, epoch), crops and dropout from (seed, step): a resumed run does what an uninterrupted
+    one does, on the CPU bit for bit. Raises InputError when the loss is not finite."""
     split, steps_per_epoch = splits["train"], len(splits["train"].photos) // args.batch_size
     steps = args.epochs * steps_per_epoch
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     history, seconds, best, saved = [], 0.0, None, time.perf_counter()
     model.vision_model.embeddings.patch_dropout = args.patch_dropout
+    model.text_model.embeddings.word_dropout = args.word_dropout
     if args.resume and (run_dir / CHECKPOINT).exists():
         state = load_checkpoint(run_dir)
         model.load_state_dict(state["last"], strict=False)
@@ -525,14 +530,15 @@ def train(model, splits, args, run_dir):
         compile_parts(model)
     model.train()
     for epoch in range(len(history), args.epochs):
-        pairs = split.pairs(args.seed, epoch)               # (N, 2): every photo, with one of its captions
+        pairs = split.pairs(args.seed, epoch, args.captions)                            # (N, 1 + K)
         total, start = torch.zeros((), device=args.device), time.perf_counter()
         for i in range(steps_per_epoch):
             step = epoch * steps_per_epoch + i
-            batch = pairs[i * args.batch_size:(i + 1) * args.batch_size]                # (B, 2)
+            batch = pairs[i * args.batch_size:(i + 1) * args.batch_size]                # (B, 1 + K)
             parts = batch.chunk(WORLD_SIZE)[RANK].split(args.micro_batch or len(batch))
             seed = (args.seed << 32) + (step * WORLD_SIZE + RANK) * len(parts)
-            loss = backward(model, lambda i: encode_pairs(model, split, parts[i], seed + i), len(parts))
+            loss = backward(model, lambda i: encode_pairs(model, split, parts[i], seed + i, args.views),
+                            len(parts))
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)       # one odd batch can't throw the model far
             lr = learning_rate(step, steps, args.lr, args.warmup)
             for group in optimizer.param_groups:
@@ -548,8 +554,7 @@ def train(model, splits, args, run_dir):
                       f"ETA {(steps - step - 1) * args.batch_size / rate / 60:6.1f} min", flush=True)
         train_loss, row = total.item() / steps_per_epoch, evaluate(model, splits["val"])
         if not math.isfinite(train_loss + row["loss"]):
-            raise InputError(f"the loss is not finite; what {run_dir} has saved is from before: start a new "
-                             "run with a lower --lr or a longer --warmup")
+            raise InputError("the loss is not finite: start a new run with a lower --lr or a longer --warmup")
         seconds += time.perf_counter() - start
         history.append({"epoch": epoch + 1, "train_loss": train_loss, "lr": lr, **row,
                         "logit_scale": model.logit_scale.exp().item(), "minutes": seconds / 60})
@@ -575,7 +580,8 @@ def train(model, splits, args, run_dir):
 # --- The command -----------------------------------------------------------------------------------------
 
 # For the drawn worlds these are the defaults: a small model for a small world.
-SHAPES = dict(model="tiny", tokenizer="train", epochs=9, batch_size=128, lr=1e-3, weight_decay=0.1)
+SHAPES = dict(model="tiny", tokenizer="train", epochs=9, batch_size=128, lr=1e-3, weight_decay=0.1,
+              views=1, captions=1, patch_dropout=0.0, word_dropout=0.0)
 FREE = ("resume", "device", "compile", "micro_batch", "out")        # flags that a resumed run may change
 
 FLAGS = (       # of clip.py and finetune.py: name, default, least, most, help
@@ -585,7 +591,10 @@ FLAGS = (       # of clip.py and finetune.py: name, default, least, most, help
     ("lr", 5e-4, 0, 1e3, "peak learning rate"),
     ("weight-decay", 0.2, 0, 1e3, "AdamW's, on matrices only"),
     ("warmup", 0.1, 0, 1, "share of the steps in which lr rises"),
-    ("patch-dropout", 0.0, 0, 0.99, "share of a photo's patches that training leaves out"),
+    ("views", 2, 1, 1e3, "crops of a photo in a step: positives of its captions and of each other"),
+    ("captions", 2, 1, 1e3, "captions of a photo in a step, likewise"),
+    ("patch-dropout", 0.5, 0, 0.99, "share of a photo's patches that training leaves out"),
+    ("word-dropout", 0.2, 0, 0.99, "share of a caption's tokens that training replaces by others"),
     ("seed", 0, 0, 1e9, "of weights, batches and crops"),
 )
 
@@ -595,14 +604,13 @@ def add_shared_flags(parser):
     for name, default, _, _, words in FLAGS:
         group.add_argument(f"--{name}", type=type(default), default=default, help=words)
     group = parser.add_argument_group("run")
-    group.add_argument("--data", default="flickr30k", metavar="DIR",
+    group.add_argument("--data", type=os.path.normpath, default="flickr30k", metavar="DIR",
                        help="photos and captions, or `shapes`, `sketches`; ./flickr30k is fetched if missing")
     group.add_argument("--out", type=Path, metavar="DIR", help="folder of the run; None is a name in runs/")
     group.add_argument("--resume", action="store_true", help="go on with the run in --out")
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     group.add_argument("--device", default=device, help="cuda or cpu")
-    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True,
-                       help="torch.compile on CUDA; short runs don't repay it")
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="on CUDA")
 
 def checked(args):
     """The flags, with values that make sense. Joins the processes, where torchrun has started several."""
@@ -617,7 +625,6 @@ def checked(args):
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"no device {args.device} here: {str(error).splitlines()[0]}") from error
     args.compile = args.compile and args.device.type == "cuda"
-    args.data = str(Path(args.data))                        # without a slash at its end
     if WORLD_SIZE > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
@@ -661,7 +668,7 @@ def open_run(config, tokenizer, args):
     flags = {name: str(value) for name, value in vars(args).items() if name not in FREE}
     file = args.out / "config.json"
     if file.exists():
-        before = read_run(args.out)["run"]
+        before = read_run(args.out)[1]
         changed = [f"{name} was {before.get(name)}" for name in flags if before.get(name) != flags[name]]
         if changed:
             raise InputError(f"{args.out} is another run ({', '.join(changed)}): --out DIR starts a new one")
@@ -670,37 +677,8 @@ def open_run(config, tokenizer, args):
     with data.atomic(file) as temporary:
         temporary.write_text(json.dumps({"model": asdict(config), "run": flags}, indent=1))
 
-def print_start(model, splits, args):
-    """The opening block: device, size, data, steps, and the losses of a model that knows nothing."""
-    device, steps_per_epoch = args.device, len(splits["train"].photos) // args.batch_size
-    name = f"{torch.cuda.get_device_name(device)}, bfloat16" if device.type == "cuda" else "CPU"
-    vision, text, everything = (f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"
-                                for module in (model.vision_model, model.text_model, model))
-    print(f"device    {WORLD_SIZE} x {name}{', compiled' if args.compile else ''}")
-    print(f"model     vision {vision} + text {text} + projections = {everything} parameters")
-    for name, split in splits.items():
-        print(f"{name:10s}{len(split.photos):,} photos, {len(split.captions):,} captions")
-    print(f"steps     {args.epochs * steps_per_epoch:,} of {args.batch_size} pairs in {args.epochs} epochs")
-    for name, pairs in (("training", args.batch_size), ("validation", min(64, len(splits["val"].photos)))):
-        print(f"chance    {name} loss ln {pairs} = {math.log(pairs):.3f}", flush=True)
-
-def finish(model, splits, history, args):
-    """The closing block: the last and the best epoch on the test photos, if there are any; the figures."""
-    import finetune                         # all figures stand there
-    state, name = load_checkpoint(args.out), "test" if "test" in splits else "val"
-    best, lowest = max(history, key=lambda row: row["rsum"]), min(history, key=lambda row: row["loss"])
-    for which, row in (("last", history[-1]), ("best", best)):
-        model.load_state_dict(state[which], strict=False)
-        print(f"{which} epoch {row['epoch']:3d}  {name} {describe(evaluate(model, splits[name]))}")
-    finetune.draw_curve(args.out / "curve.png", history, len(splits["val"].photos))
-    finetune.draw_retrieval(args.out / "retrieval.png", model, splits["val"])
-    minutes = history[-1]["minutes"]
-    rate = len(history) * len(splits["train"].photos) / minutes / 60
-    memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if args.device.type == "cuda" else ""
-    print(f"lowest    validation loss {lowest['loss']:.4f}, in epoch {lowest['epoch']}")
-    print(f"done      {minutes:.1f} minutes of training, {rate:,.0f} pairs/s{memory}: {args.out}")
-
 def run(args):
+    import finetune                                         # reports and figures stand there
     config, own = PRESETS[args.model], args.out / "tokenizer"
     tokenizer = own if args.resume and own.exists() else args.tokenizer     # "train" would train another one
     splits, tokenizer = load_data(args, tokenizer, config)
@@ -709,10 +687,10 @@ def run(args):
     open_run(config, tokenizer, args)
     torch.manual_seed(args.seed)
     model = CLIP(config).to(args.device)
-    print_start(model, splits, args)
+    finetune.print_start(model, splits, args)
     history = train(model, splits, args, args.out)
     if RANK == 0:
-        finish(model, splits, history, args)
+        finetune.print_end(model, splits, history, args)
 
 def main(argv=None):
     """The command. Returns its exit code."""

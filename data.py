@@ -364,14 +364,14 @@ class Split:
     ids: torch.Tensor
     lengths: torch.Tensor
 
-    def pairs(self, seed, epoch):
-        """(N, 2): all photos in a new order, each with one of its captions, drawn from (seed, epoch). One
-        caption a photo, so that no photo meets itself in a batch as a negative (vsepp #6)."""
+    def pairs(self, seed, epoch, captions=1):
+        """(N, 1 + captions): all photos in a new order, each with some of its captions, drawn from (seed,
+        epoch). Each photo once, so that none meets itself in a batch as a negative (vsepp #6)."""
         rng = np.random.default_rng([seed, epoch])
         photo = rng.permutation(len(self.photos))
-        owner = self.owner.numpy()
-        first, count = np.searchsorted(owner, photo), np.bincount(owner)[photo]
-        return torch.from_numpy(np.stack([photo, first + rng.integers(count)], axis=1))
+        first, count = np.searchsorted(self.owner, photo), np.bincount(self.owner)[photo]       # (N,), (N,)
+        turn = (rng.integers(count)[:, None] + np.arange(captions)) % count[:, None]    # (N, captions)
+        return torch.from_numpy(np.column_stack([photo, first[:, None] + turn]))
 
     def place(self, device):
         """Moves the photos into a GPU's memory if they fill at most half of what is free there; else they

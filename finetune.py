@@ -98,7 +98,6 @@ def insert(model, r, args):
 def adapt(base, r, seed, splits, zero_shot, args):
     """Trains a copy of the base: adapters of rank r, or all its weights if r is 0. Returns the model of the
     best epoch and the history.
-
     Leaves a folder with the log, the curve, a checkpoint and the adapter. zero_shot: the base's evaluation on
     the validation photos, which that of the untrained adapters must equal.
     """
@@ -140,7 +139,7 @@ def own_data(run_dir, config):
     """{name: validation split} of what a run of clip.py was trained on, to see what it forgets; else {}."""
     if not (Path(run_dir) / clip.CHECKPOINT).exists():
         return {}
-    name = clip.read_run(run_dir)["run"]["data"]
+    name = clip.read_run(run_dir)[1]["data"]
     if name not in data.DRAWN and not Path(name).exists():
         return {}
     tokenizer = Path(run_dir) / "tokenizer"
@@ -151,20 +150,9 @@ def recall_at_1(row):
     """The mean of both directions, in percent."""
     return (row["t2i_r1"] + row["i2t_r1"]) / 2
 
-def sweep(model, judged):
-    """R@1 on each judged split as the adapters are turned from off to half too strong."""
-    strengths, curves = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5], {name: [] for name in judged}
-    for strength in strengths:
-        lora.set_strength(model, strength)
-        for name, split in judged.items():
-            curves[name].append(recall_at_1(evaluate(model, split)))
-    lora.set_strength(model, 1.0)
-    return strengths, curves
-
 def study(base, args, splits, judged, zero_shot):
-    """Trains every variant with every seed. Returns the rows of the table, the histories {variant: [one for
-    each seed]} and the sweep of the largest rank."""
-    rows, histories, swept = [], {}, None
+    """Trains every variant with every seed: rows of the table, histories {variant: [one for each seed]}."""
+    rows, histories = [], {}
     for seed in range(args.seed, args.seed + args.seeds):
         for r in args.r:
             model, history = adapt(base, r, seed, splits, zero_shot["val"], args)
@@ -176,12 +164,10 @@ def study(base, args, splits, judged, zero_shot):
                 row |= {f"{name} {key}": value for key, value in evaluation.items()}
             rows.append(row)
             histories.setdefault(name_of(r), []).append(history)
-            if r and r == max(args.r) and seed == args.seed:
-                validation = {name: split for name, split in judged.items() if name != "test"}
-                swept = name_of(r), *sweep(model, validation)
             if r:
                 check_merge(model, splits["val"])
-    return rows, histories, swept
+            del model                                       # its memory is the next one's
+    return rows, histories
 
 def table(rows, judged):
     """The rows as text: one line for each variant, mean and, over several seeds, +- standard deviation."""
@@ -200,7 +186,36 @@ def table(rows, judged):
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines)
 
-# --- Figures, those of clip.py as well -------------------------------------------------------------------
+# --- Reports and figures, those of clip.py as well -------------------------------------------------------
+
+def print_start(model, splits, args):
+    """The opening block: device, size, data, steps, and the losses of a model that knows nothing."""
+    device, steps_per_epoch = args.device, len(splits["train"].photos) // args.batch_size
+    name = f"{torch.cuda.get_device_name(device)}, bfloat16" if device.type == "cuda" else "CPU"
+    vision, text, everything = (f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"
+                                for module in (model.vision_model, model.text_model, model))
+    print(f"device    {clip.WORLD_SIZE} x {name}{', compiled' if args.compile else ''}")
+    print(f"model     vision {vision} + text {text} + projections = {everything} parameters")
+    for name, split in splits.items():
+        print(f"{name:10s}{len(split.photos):,} photos, {len(split.captions):,} captions")
+    print(f"steps     {args.epochs * steps_per_epoch:,} of {args.batch_size} pairs in {args.epochs} epochs")
+    for name, pairs in (("training", args.batch_size), ("validation", min(64, len(splits["val"].photos)))):
+        print(f"chance    {name} loss ln {pairs} = {math.log(pairs):.3f}", flush=True)
+
+def print_end(model, splits, history, args):
+    """The closing block: the last and the best epoch on the test photos, if there are any; the figures."""
+    state, name = clip.load_checkpoint(args.out), "test" if "test" in splits else "val"
+    best, lowest = max(history, key=lambda row: row["rsum"]), min(history, key=lambda row: row["loss"])
+    for which, row in (("last", history[-1]), ("best", best)):
+        model.load_state_dict(state[which], strict=False)
+        print(f"{which} epoch {row['epoch']:3d}  {name} {describe(evaluate(model, splits[name]))}")
+    draw_curve(args.out / "curve.png", history, len(splits["val"].photos))
+    draw_retrieval(args.out / "retrieval.png", model, splits["val"])
+    minutes, seen = history[-1]["minutes"], len(history) * len(splits["train"].photos)
+    memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if args.device.type == "cuda" else ""
+    print(f"lowest    validation loss {lowest['loss']:.4f}, in epoch {lowest['epoch']}")
+    print(f"done      {minutes:.1f} minutes of training, {seen / minutes / 60:,.0f} pairs/s{memory}: "
+          f"{args.out}")
 
 def draw_curve(path, history, photos):
     """Loss with the line of chance on the left, recall over `photos` validation photos on the right."""
@@ -223,48 +238,44 @@ def draw_curve(path, history, photos):
         figure.savefig(temporary, dpi=120, format="png")
 
 def draw_retrieval(path, model, split):
-    """Six captions from all over the split, each over the six photos that the model finds first, the right
-    one framed."""
+    """Six captions from all over the split over the photos found first, the right one in a green frame."""
     from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
     images, texts = embed(model, split)
     chosen = torch.linspace(0, len(texts) - 1, min(6, len(texts))).long()
     found = (texts[chosen] @ images.T).topk(min(6, len(images))).indices.cpu()          # (6, 6)
     figure = Figure(figsize=(1.6 * found.shape[1], 1.9 * len(chosen)), layout="constrained")
     for axes, caption, photos in zip(figure.subplots(len(chosen), squeeze=False)[:, 0], chosen, found):
         pictures = split.take(photos, split.photos.device).cpu()                        # (6, S, S, 3)
-        pictures = torch.nn.functional.pad(pictures, (0, 0, 2, 2), value=255)           # white between them
-        axes.imshow(torch.cat(list(pictures), dim=1).numpy())
+        edge = pictures.shape[1] // 16
+        framed = torch.nn.functional.pad(pictures, (0, 0, edge, edge, edge, edge), value=255)
+        framed[photos == split.owner[caption]] = torch.tensor([50, 205, 50], dtype=torch.uint8)
+        framed[:, edge:-edge, edge:-edge] = pictures
+        axes.imshow(torch.cat(list(framed), dim=1).numpy())
         axes.set_title(split.captions[caption][:110], loc="left", fontsize=9)
         axes.axis("off")
-        for place in (photos == split.owner[caption]).nonzero()[:, 0].tolist():
-            corner, side = (place * pictures.shape[2] + 1, 0), pictures.shape[1]
-            axes.add_patch(Rectangle(corner, side + 1, side - 1, fill=False, ec="limegreen", lw=4))
     with data.atomic(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png")
 
-def draw_study(path, histories, zero_shot, swept):
-    """Validation loss and recall by epoch, with the base as a dashed line, and recall by adapter strength."""
+def draw_study(path, rows, histories, zero_shot):
+    """Validation loss and R@1: by epoch, and their best against the parameters that were trained."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    for axes, value, label in ((left, lambda row: row["loss"], "validation loss, groups of 64"),
-                               (middle, recall_at_1, "R@1, mean of both directions, %")):
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    trained = {row["variant"]: row["trainable"] for row in rows}
+    kinds = ((lambda row: row["loss"], min, "validation loss, groups of 64"),
+             (recall_at_1, max, "R@1, mean of both directions, %"))
+    for (left, right), (value, best, label) in zip(figure.subplots(2, 2), kinds):
         for i, (variant, seeds) in enumerate(histories.items()):
             for history in seeds:
-                axes.plot([0, *(row["epoch"] for row in history)],
-                          [value(zero_shot["val"]), *map(value, history)], "o-", ms=3, color=f"C{i}",
+                left.plot([0, *(row["epoch"] for row in history)],
+                          [value(zero_shot), *map(value, history)], "o-", ms=3, color=f"C{i}",
                           label=variant if history is seeds[0] else None)
-        axes.axhline(value(zero_shot["val"]), color="grey", ls="--", label="zero-shot")
-        axes.set(xlabel="epoch", ylabel=label)
-    left.set_yscale("log")
-    adapter, strengths, curves = swept or ("no adapter", [], {})
-    for name, recalls in curves.items():
-        right.plot(strengths, recalls, "o-", ms=3, label=name)
-    right.set(xlabel=f"strength of {adapter}: 0 is the base, 1 as trained", ylabel="R@1, %", ylim=(0, None))
-    for axes in (left, middle, right)[:3 if swept else 2]:
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+                right.plot(trained[variant], best(map(value, history)), "o", color=f"C{i}")
+        for axes, xlabel in ((left, "epoch"), (right, "trained parameters")):
+            axes.axhline(value(zero_shot), color="grey", ls="--", label="zero-shot")
+            axes.set(xlabel=xlabel, ylabel=label, yscale="log" if best is min else "linear")
+            axes.grid(alpha=0.3)
+        right.set_xscale("log")
+        left.legend(fontsize=8)
     with data.atomic(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
 
@@ -288,7 +299,8 @@ def parse_args(argv):
     clip.add_shared_flags(parser)
     # Epochs, batch size, weight decay, and 1e-5 for all weights: amirhossein-yousefi/Image-Contrastive-CLIP,
     # which reports R@1 92.3 and 79.0 on Flickr30k. 1e-4 for adapters is common, and is the study's.
-    parser.set_defaults(epochs=5, batch_size=64, lr=1e-4, weight_decay=0.1)
+    parser.set_defaults(epochs=5, batch_size=64, lr=1e-4, weight_decay=0.1, views=1, captions=1,
+                        patch_dropout=0.0, word_dropout=0.0)
     if parser.parse_known_args(argv)[0].data in data.DRAWN:
         parser.set_defaults(**SKETCHES)
     args = clip.checked(parser.parse_args(argv))
@@ -310,14 +322,14 @@ def run(args):
         for r in filter(None, args.r):
             insert(CLIP(base.config), r, args)
     clip.open_run(base.config, tokenizer, args)
-    clip.print_start(base, splits, args)
+    print_start(base, splits, args)
     judged = {name: split for name, split in splits.items() if name != "train"}
     judged |= own_data(args.base, base.config)
     zero_shot = {name: evaluate(base, split) for name, split in judged.items()}
     for name, row in zero_shot.items():
         print(f"{'zero-shot':12s}{name:12s}{describe(row)}", flush=True)
     base.cpu()                                              # a GPU holds the copy that trains, and no other
-    rows, histories, swept = study(base, args, splits, judged, zero_shot)
+    rows, histories = study(base, args, splits, judged, zero_shot)
     if clip.RANK:
         return                                              # process 0 writes for all
     first = {"variant": "zero-shot", "seed": "", "trainable": 0, "minutes": 0.0,
@@ -327,7 +339,7 @@ def run(args):
         writer = csv.DictWriter(file, first)
         writer.writeheader()
         writer.writerows([first, *rows])
-    draw_study(args.out / "study.png", histories, zero_shot, swept)
+    draw_study(args.out / "study.png", rows, histories, zero_shot["val"])
     print(f"\n{table([first, *rows], judged)}\ndone      {args.out}")
 
 def main(argv=None):
