@@ -7,8 +7,8 @@ Both write runs/NAME/: log, learning curve, retrieval picture and a model that `
 Radford et al. 2021, Learning Transferable Visual Models From Natural Language Supervision, arXiv:2103.00020.
 Module names are those of Hugging Face's CLIPModel, so that released weights load unchanged.
 
-Shapes: B pairs in a batch, T tokens of a caption (or patches of a photo, plus one), C channels of a tower,
-H heads, D = C / H channels of a head, P pixels on the side of a patch, E channels of the shared embedding.
+Shapes: B photos in a batch, V crops and K captions of each, S x S pixels, T tokens (or patches plus one), C
+channels of a tower, H heads, D = C / H channels of a head, P x P pixels of a patch, E shared channels.
 """
 import argparse
 import atexit
@@ -121,7 +121,7 @@ class Block(nn.Module):
         self.mlp = MLP(config, hidden_act)
 
     def forward(self, x, mask=None):
-        # Autocast computes norms in fp32; what follows reads bf16, and a third fewer bytes move.
+        # Autocast returns norms in fp32. Cast back once: what reads them would else read twice the bytes.
         x = x + self.self_attn(self.layer_norm1(x).to(x.dtype), mask)
         x = x + self.mlp(self.layer_norm2(x).to(x.dtype))
         return x
@@ -192,7 +192,7 @@ class TextEmbeddings(nn.Module):
         self.word_dropout = 0.0                             # share of the tokens that training replaces
 
     def forward(self, ids):
-        if self.training and self.word_dropout:             # else a few captions are learnt by heart
+        if self.training and self.word_dropout:     # else few captions are learnt by heart; markers go too
             kept = torch.rand(ids.shape, device=ids.device) >= self.word_dropout
             ids = ids.where(kept, torch.randint_like(ids, self.token_embedding.num_embeddings))
         return self.token_embedding(ids) + self.position_embedding.weight[:ids.shape[1]]
@@ -368,7 +368,7 @@ def recall_at_k(similarity, caption_owner, ks=(1, 5, 10)):
 
 def autocast(device):
     """Matrix products in bf16 on CUDA, all in fp32 elsewhere. bf16 has fp32's range: unlike fp16 it needs no
-    loss scaling and doesn't overflow to NaN (openai/CLIP #40)."""
+    loss scaling and doesn't overflow to NaN (openai/CLIP #40). CUDA graphs forbid autocast's cache."""
     return torch.autocast(device.type, torch.bfloat16, device.type == "cuda", cache_enabled=False)
 
 @torch.no_grad()
@@ -430,7 +430,7 @@ def learning_rate(step, steps, peak, warmup):
 def compile_parts(model):
     """torch.compile, part by part: equal blocks are compiled once for each length of the captions. Then each
     tower's training is recorded as CUDA graphs."""
-    gc.collect()                                            # with the graphs of an earlier training
+    gc.collect()                            # an earlier model's graphs, which hold one another in a cycle
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 64
     torch._inductor.config.fallback_random = True       # PyTorch's own dropout: half the time of Inductor's
@@ -442,7 +442,7 @@ def compile_parts(model):
 
 def replay_graphs(tower):
     """Lets a tower train by CUDA graphs, one for each shape of its input: one call replays the thousand
-    kernels of a pass, which Python starts one by one, in small batches slower than the GPU runs them."""
+    kernels of a pass, which Python starts more slowly than a GPU runs small ones. plain keeps its forward."""
     plain, graphs, pool = copy.copy(tower), {}, torch.cuda.graph_pool_handle()
     def forward(x):
         if not tower.training:
@@ -458,8 +458,8 @@ def trained_state(model):
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 def encode_pairs(model, split, pairs, seed, views=1):
-    """Photos, and K captions of each, as rows (b, 1 + K) of the split: embeddings of `views` crops (b, V, E)
-    and of the captions (b, K, E). The same seed makes the same crops and the same dropout."""
+    """pairs (b, 1 + K): rows of b photos, and of K captions of each. Returns the embeddings of `views` crops
+    of each photo (b, V, E) and of its captions (b, K, E). The same seed makes the same crops and dropout."""
     torch.manual_seed(seed)
     device, size = model.logit_scale.device, model.config.image_size
     pixels = split.take(pairs[:, 0].repeat_interleave(views), device)                   # (b V, S, S, 3)
@@ -481,13 +481,12 @@ def gather(x):
 def backward(model, encode, micro_batches):
     """The first part of multiview_loss over the pairs of all processes; leaves the whole loss's gradient in
     the parameters. encode(i): embeddings of micro-batch i as from encode_pairs, the same each time.
-
     Any batch fits where one micro-batch does, exactly, by gradient caching (Gao 2021, arXiv:2101.06983):
     1. Embed all pairs. Of several micro-batches keep no graph: that is what fills the memory.
     2. The loss is a function of the embeddings alone: compute it, and its gradient for each of them.
     3. Embed each micro-batch again, now with a graph, and send its part of that gradient through it.
     """
-    if micro_batches > 1:       # a replayed graph leaves gradients in the same place: add them up elsewhere
+    if micro_batches > 1:       # a replay overwrites the gradients it gave before: add them up elsewhere
         for p in filter(lambda p: p.requires_grad, model.parameters()):
             p.grad = torch.zeros_like(p)
     with torch.set_grad_enabled(micro_batches == 1):
@@ -497,13 +496,12 @@ def backward(model, encode, micro_batches):
     loss.backward()
     sizes = [len(images) for images, _ in embeds]
     own = (x.grad.chunk(WORLD_SIZE)[RANK].split(sizes) for x in (image_embeds, text_embeds))
-    for i, gradient in enumerate(zip(*own)):
-        torch.autograd.backward(embeds[i] if micro_batches == 1 else encode(i), gradient)
+    for i, part in enumerate(zip(*own)):            # a sum with these gradients, one tower or both
+        sum((x * g).sum() for x, g in zip(encode(i) if micro_batches > 1 else embeds[i], part)).backward()
     if WORLD_SIZE > 1:
         # Each process has the gradient of its own pairs. That of the scale, from all logits, is whole.
-        for p in model.parameters():
-            if p.grad is not None and p is not model.logit_scale:
-                dist.all_reduce(p.grad)
+        for p in filter(lambda p: p.grad is not None and p is not model.logit_scale, model.parameters()):
+            dist.all_reduce(p.grad)
     return first.detach()
 
 SAVE_SECONDS = 20   # at least from one checkpoint to the next: else short epochs would wait for the disk
@@ -511,8 +509,8 @@ SAVE_SECONDS = 20   # at least from one checkpoint to the next: else short epoch
 def train(model, splits, args, run_dir):
     """Trains all that requires a gradient; returns the history, one evaluated row for each epoch. Writes
     log.csv after each, the checkpoint often; its best epoch is that of the highest rsum. An epoch's batches
-    derive from (seed, epoch), crops and dropout from (seed, step): a resumed run does what an uninterrupted
-    one does, on the CPU bit for bit. Raises InputError when the loss is not finite."""
+    derive from (seed, epoch), crops and dropout from (seed, step): a resumed run, in as many processes and
+    micro-batches, is on the CPU bit for bit the whole one. Raises InputError when the loss is not finite."""
     split, steps_per_epoch = splits["train"], len(splits["train"].photos) // args.batch_size
     steps = args.epochs * steps_per_epoch
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
@@ -536,8 +534,8 @@ def train(model, splits, args, run_dir):
             step = epoch * steps_per_epoch + i
             batch = pairs[i * args.batch_size:(i + 1) * args.batch_size]                # (B, 1 + K)
             parts = batch.chunk(WORLD_SIZE)[RANK].split(args.micro_batch or len(batch))
-            seed = (args.seed << 32) + (step * WORLD_SIZE + RANK) * len(parts)
-            loss = backward(model, lambda i: encode_pairs(model, split, parts[i], seed + i, args.views),
+            seed = (args.seed << 32) + (step * WORLD_SIZE + RANK) * len(parts)      # + j, one for each part
+            loss = backward(model, lambda j: encode_pairs(model, split, parts[j], seed + j, args.views),
                             len(parts))
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)       # one odd batch can't throw the model far
             lr = learning_rate(step, steps, args.lr, args.warmup)
@@ -548,8 +546,8 @@ def train(model, splits, args, run_dir):
             model.logit_scale.data.clamp_(max=math.log(100))        # the paper's bound (openai/CLIP #46)
             total += loss
             if (step + 1) % max(1, steps // 40) == 0:       # about 40 lines for a run of any length
-                rate = (i + 1) * args.batch_size / (time.perf_counter() - start)
-                print(f"epoch {epoch + 1:3d}/{args.epochs}  step {step + 1:6d}/{steps}  loss {loss:7.4f}  "
+                shown, rate = loss.item(), (i + 1) * args.batch_size / (time.perf_counter() - start)
+                print(f"epoch {epoch + 1:3d}/{args.epochs}  step {step + 1:6d}/{steps}  loss {shown:7.4f}  "
                       f"lr {lr:.2e}  scale {model.logit_scale.exp():6.2f}  {rate:6,.0f} pairs/s  "
                       f"ETA {(steps - step - 1) * args.batch_size / rate / 60:6.1f} min", flush=True)
         train_loss, row = total.item() / steps_per_epoch, evaluate(model, splits["val"])
@@ -579,15 +577,15 @@ def train(model, splits, args, run_dir):
 
 # --- The command -----------------------------------------------------------------------------------------
 
-# For the drawn worlds these are the defaults: a small model for a small world.
+# The drawn worlds' defaults: a small model for a small world, and one view, as nothing is cropped there.
 SHAPES = dict(model="tiny", tokenizer="train", epochs=9, batch_size=128, lr=1e-3, weight_decay=0.1,
               views=1, captions=1, patch_dropout=0.0, word_dropout=0.0)
 FREE = ("resume", "device", "compile", "micro_batch", "out")        # flags that a resumed run may change
 
 FLAGS = (       # of clip.py and finetune.py: name, default, least, most, help
-    ("epochs", 55, 1, 1e6, "times that each photo is seen"),
-    ("batch-size", 256, 2, 1e6, "pairs in a step, on all GPUs together"),
-    ("micro-batch", 0, 0, 1e6, "pairs in a GPU's memory at once; 0 is all"),
+    ("epochs", 55, 1, 1e6, "passes over the photos, but for those that fill no last batch"),
+    ("batch-size", 256, 2, 1e6, "photos in a step, on all GPUs together"),
+    ("micro-batch", 0, 0, 1e6, "photos that a GPU embeds at once, with crops and captions; 0 is all"),
     ("lr", 5e-4, 0, 1e3, "peak learning rate"),
     ("weight-decay", 0.2, 0, 1e3, "AdamW's, on matrices only"),
     ("warmup", 0.1, 0, 1, "share of the steps in which lr rises"),
@@ -609,7 +607,7 @@ def add_shared_flags(parser):
     group.add_argument("--out", type=Path, metavar="DIR", help="folder of the run; None is a name in runs/")
     group.add_argument("--resume", action="store_true", help="go on with the run in --out")
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    group.add_argument("--device", default=device, help="cuda or cpu")
+    group.add_argument("--device", default=device, help="cuda:N or cpu")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="on CUDA")
 
 def checked(args):
@@ -625,6 +623,8 @@ def checked(args):
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"no device {args.device} here: {str(error).splitlines()[0]}") from error
     args.compile = args.compile and args.device.type == "cuda"
+    if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)                  # where graphs are recorded and processes meet
     if WORLD_SIZE > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)

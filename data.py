@@ -365,13 +365,13 @@ class Split:
     lengths: torch.Tensor
 
     def pairs(self, seed, epoch, captions=1):
-        """(N, 1 + captions): all photos in a new order, each with some of its captions, drawn from (seed,
-        epoch). Each photo once, so that none meets itself in a batch as a negative (vsepp #6)."""
+        """(N, 1 + captions): all photos in a new order, each with captions of its own (twice if too few), by
+        (seed, epoch). Each photo once: none meets itself in a batch as a negative (vsepp #6)."""
         rng = np.random.default_rng([seed, epoch])
-        photo = rng.permutation(len(self.photos))
-        first, count = np.searchsorted(self.owner, photo), np.bincount(self.owner)[photo]       # (N,), (N,)
-        turn = (rng.integers(count)[:, None] + np.arange(captions)) % count[:, None]    # (N, captions)
-        return torch.from_numpy(np.column_stack([photo, first[:, None] + turn]))
+        photo = torch.from_numpy(rng.permutation(len(self.photos)))
+        first, count = torch.searchsorted(self.owner, photo), self.owner.bincount()[photo]      # (N,), (N,)
+        turn = torch.from_numpy(rng.integers(count.numpy()))[:, None] + torch.arange(captions)
+        return torch.cat([photo[:, None], first[:, None] + turn % count[:, None]], dim=1)
 
     def place(self, device):
         """Moves the photos into a GPU's memory if they fill at most half of what is free there; else they

@@ -88,7 +88,7 @@ def name_of(r):
     return f"r={r}" if r else "all weights"
 
 def insert(model, r, args):
-    """Adapters of rank r with the flags' alpha (the study's is 2 r), dropout and targets."""
+    """Adapters of rank r with the flags' alpha, dropout and targets; on CUDA the frozen Linears in bf16."""
     lora.add_lora(model, r, 2 * r if args.alpha is None else args.alpha, args.dropout, args.targets)
     if args.device.type == "cuda":
         # Autocast rounds the frozen matrices to bf16 for each product. Rounded once they need no fp32 copy.
@@ -166,7 +166,7 @@ def study(base, args, splits, judged, zero_shot):
             histories.setdefault(name_of(r), []).append(history)
             if r:
                 check_merge(model, splits["val"])
-            del model                                       # its memory is the next one's
+            del model                                       # compile_parts frees its memory
     return rows, histories
 
 def table(rows, judged):
@@ -211,11 +211,11 @@ def print_end(model, splits, history, args):
         print(f"{which} epoch {row['epoch']:3d}  {name} {describe(evaluate(model, splits[name]))}")
     draw_curve(args.out / "curve.png", history, len(splits["val"].photos))
     draw_retrieval(args.out / "retrieval.png", model, splits["val"])
-    minutes, seen = history[-1]["minutes"], len(history) * len(splits["train"].photos)
+    minutes, photos = history[-1]["minutes"], len(splits["train"].photos) // args.batch_size * args.batch_size
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if args.device.type == "cuda" else ""
     print(f"lowest    validation loss {lowest['loss']:.4f}, in epoch {lowest['epoch']}")
-    print(f"done      {minutes:.1f} minutes of training, {seen / minutes / 60:,.0f} pairs/s{memory}: "
-          f"{args.out}")
+    print(f"done      {minutes:.1f} minutes of training, {len(history) * photos / minutes / 60:,.0f} pairs/s"
+          f"{memory}: {args.out}")
 
 def draw_curve(path, history, photos):
     """Loss with the line of chance on the left, recall over `photos` validation photos on the right."""
@@ -251,7 +251,7 @@ def draw_retrieval(path, model, split):
         framed[photos == split.owner[caption]] = torch.tensor([50, 205, 50], dtype=torch.uint8)
         framed[:, edge:-edge, edge:-edge] = pictures
         axes.imshow(torch.cat(list(framed), dim=1).numpy())
-        axes.set_title(split.captions[caption][:110], loc="left", fontsize=9)
+        axes.set_title(split.captions[caption][:110], loc="left", fontsize=9, parse_math=False)
         axes.axis("off")
     with data.atomic(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png")

@@ -46,6 +46,7 @@ class LoRALinear(nn.Linear):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.strength = 1.0                             # 0 is the base, 1 what was trained
         self.merged = False
+        self.train(base.training)                       # from_pretrained gives eval mode: no dropout then
 
     @property
     def scaling(self):

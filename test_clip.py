@@ -635,6 +635,15 @@ def test_a_new_adapter_changes_nothing_exactly():
     lora.add_lora(model, 4, 8)
     assert difference(model(pixels, ids), expected) == 0
 
+def test_adapters_of_a_model_in_eval_mode_have_no_dropout():
+    model, pixels = small_model().eval(), photos(3)
+    lora.add_lora(model, 4, 8, dropout=0.5)
+    for layer in lora.adapters(model).values():
+        torch.nn.init.normal_(layer.lora_B)
+    assert difference(model.encode_image(pixels), model.encode_image(pixels)) == 0
+    model.train()
+    assert difference(model.encode_image(pixels), model.encode_image(pixels)) > 1e-3
+
 def test_a_starts_uniform_within_one_over_sqrt_in_and_b_at_zero():
     layer = lora.LoRALinear(torch.nn.Linear(300, 50), 64, 128)
     assert layer.lora_A.shape == (64, 300) and layer.lora_B.shape == (50, 64)
@@ -940,6 +949,10 @@ def test_an_epoch_shows_every_photo_once_with_one_of_its_own_captions(album):
         assert torch.equal(train.owner[pairs[:, 1]], pairs[:, 0])
     assert set(drawn[:, :, 1].flatten().tolist()) == set(range(400))
     assert torch.equal(drawn[7], train.pairs(3, 7))
+    several = train.pairs(3, 7, captions=4)
+    assert torch.equal(several[:, :2], drawn[7])
+    for row in several.tolist():
+        assert len(set(row[1:])) == 4 and (train.owner[row[1:]] == row[0]).all()
     assert not torch.equal(drawn[7], train.pairs(4, 7))
 
 def test_no_photo_and_no_caption_is_in_two_splits(album):
@@ -1239,22 +1252,51 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 def backward_of(model, pixels, ids, micro_batch):
-    """clip.backward over pixels and ids in micro-batches; without dropout they need no seed."""
+    """clip.backward over pixels (B, V, 3, S, S) and ids (B, K, T) in micro-batches; without dropout they need
+    no seed."""
     parts = list(zip(pixels.split(micro_batch), ids.split(micro_batch)))
 
     def encode(i):
-        return model.encode_image(parts[i][0]), model.encode_text(parts[i][1])
+        crops, words = parts[i]
+        return (model.encode_image(crops.flatten(0, 1)).unflatten(0, crops.shape[:2]),
+                model.encode_text(words.flatten(0, 1)).unflatten(0, words.shape[:2]))
 
     return clip.backward(model, encode, len(parts))
 
+def views(crops=1, sentences=1):
+    """12 photos, each in some crops, and some captions of each."""
+    return (photos(12 * crops).unflatten(0, (12, crops)),
+            captions([3, 5, 9, 16] * 3 * sentences, 16).unflatten(0, (12, sentences)))
+
+@pytest.mark.parametrize("crops, sentences", [(1, 1), (2, 3), (3, 1), (1, 2)])
+def test_all_crops_and_captions_of_a_photo_are_positives_of_each_other(crops, sentences):
+    model, images, texts = small_model(), torch.randn(7, crops, 24), torch.randn(7, sentences, 24)
+
+    def written_out(a, b):
+        odds = (model.logit_scale.exp() * torch.einsum("ie,je->ij", a, b)).exp()
+        return -((odds.diag() / odds.sum(0)).log().mean() + (odds.diag() / odds.sum(1)).log().mean()) / 2
+
+    images, texts = F.normalize(images, dim=-1), F.normalize(texts, dim=-1)
+    first = sum(written_out(images[:, v], texts[:, k]) for v in range(crops) for k in range(sentences))
+    expected = first / (crops * sentences)
+    for x, count in ((images, crops), (texts, sentences)):
+        pairs = [(i, j) for j in range(count) for i in range(j)]
+        expected = expected + sum(written_out(x[:, i], x[:, j]) for i, j in pairs) / max(1, len(pairs))
+    loss, cross = clip.multiview_loss(model, images, texts)
+    assert difference(loss, expected) < 1e-5
+    assert difference(cross, first / (crops * sentences)) < 1e-5
+
+@pytest.mark.parametrize("crops, sentences", [(1, 1), (2, 3)])
 @pytest.mark.parametrize("micro_batch", [1, 4, 5, 12])
-def test_micro_batches_leave_the_gradient_of_the_whole_batch(micro_batch):
-    model, pixels, ids = small_model(), photos(12), captions([3, 5, 9, 16] * 3, 16)
-    loss = contrastive_loss(model(pixels, ids))
+def test_micro_batches_leave_the_gradient_of_the_whole_batch(micro_batch, crops, sentences):
+    model, (pixels, ids) = small_model(), views(crops, sentences)
+    images = model.encode_image(pixels.flatten(0, 1)).view(12, crops, -1)
+    texts = model.encode_text(ids.flatten(0, 1)).view(12, sentences, -1)
+    loss, cross = clip.multiview_loss(model, images, texts)
     loss.backward()
     expected = gradients(model)
     model.zero_grad()
-    assert difference(backward_of(model, pixels, ids, micro_batch), loss) < 1e-6
+    assert difference(backward_of(model, pixels, ids, micro_batch), cross) < 1e-6
     assert difference(gradients(model), expected) < 1e-5
 
 def test_a_micro_batch_is_cropped_and_dropped_out_the_same_in_both_passes(album):
@@ -1263,19 +1305,45 @@ def test_a_micro_batch_is_cropped_and_dropped_out_the_same_in_both_passes(album)
     model = CLIP(replace(SMALL, image_size=32, patch_size=8, vocab_size=end + 1, eos_token_id=end)).train()
     lora.add_lora(model, 4, 8, dropout=0.5)
     torch.nn.init.normal_(model.text_model.encoder.layers[0].self_attn.q_proj.lora_B)
-    model.vision_model.embeddings.patch_dropout = 0.5
-    pairs = split.pairs(0, 0)[:6]
-    first, again, other = (torch.cat(clip.encode_pairs(model, split, pairs, seed)) for seed in (1, 1, 2))
-    assert torch.equal(first, again)
-    assert not torch.equal(first[:6], other[:6]) and not torch.equal(first[6:], other[6:])
+    model.vision_model.embeddings.patch_dropout = model.text_model.embeddings.word_dropout = 0.5
+    pairs = split.pairs(0, 0, captions=3)[:6]
+    first, again, other = (clip.encode_pairs(model, split, pairs, seed, views=2) for seed in (1, 1, 2))
+    assert first[0].shape == (6, 2, 24) and first[1].shape == (6, 3, 24)
+    for a, b, c in zip(first, again, other):
+        assert torch.equal(a, b) and not torch.equal(a, c)
+
+@pytest.mark.parametrize("micro_batch", [4, 12])
+@pytest.mark.parametrize("target", ["text_projection", "visual_projection"])
+def test_adapters_in_one_tower_alone_train(target, micro_batch):
+    model, (pixels, ids) = small_model(), views()
+    lora.add_lora(model, 4, 8, targets=[target])
+    torch.nn.init.normal_(model.get_submodule(target).lora_B)
+    contrastive_loss(model(pixels[:, 0], ids[:, 0])).backward()
+    expected = gradients(model)
+    model.zero_grad()
+    backward_of(model, pixels, ids, micro_batch)
+    assert len(expected) == 2
+    assert difference(gradients(model), expected) < 1e-5
+
+def test_crops_and_captions_stay_with_their_photo(album):
+    split = load(album)["train"]
+    end = split.ids.max().item()
+    model = CLIP(replace(SMALL, image_size=32, vocab_size=end + 1, eos_token_id=end,
+                         max_position_embeddings=77)).eval()
+    split.photos = split.photos[:, :32, :32]                # no margin, so no random crops
+    pairs = split.pairs(0, 0, captions=3)[:6]
+    images, texts = clip.encode_pairs(model, split, pairs, 0, views=2)
+    pixels = data.normalize(split.photos[pairs[:, 0]])
+    assert difference(images, model.encode_image(pixels)[:, None].expand(-1, 2, -1)) < 1e-6
+    for k in range(3):
+        assert difference(texts[:, k], model.encode_text(split.ids[pairs[:, 1 + k]])) < 1e-6
 
 TWO_PROCESSES = """
 import torch
 import clip, test_clip
 torch.distributed.init_process_group("gloo")
 torch.manual_seed(0)
-model, pixels = test_clip.small_model(), test_clip.photos(12)
-ids = test_clip.captions([3, 5, 9, 16] * 3, 16)
+model, (pixels, ids) = test_clip.small_model(), test_clip.views(2, 2)
 half = slice(6 * clip.RANK, 6 * clip.RANK + 6)
 loss = test_clip.backward_of(model, pixels[half], ids[half], MICRO_BATCH)
 if clip.RANK == 0:
@@ -1307,10 +1375,11 @@ def test_two_processes_have_the_loss_and_the_gradient_of_one(micro_batch, tolera
     assert done.returncode == 0, done.stderr
     loss, found = torch.load(tmp_path / "found.pt")
     torch.manual_seed(0)
-    model, pixels, ids = small_model(), photos(12), captions([3, 5, 9, 16] * 3, 16)
-    expected = contrastive_loss(model(pixels, ids))
+    model, (pixels, ids) = small_model(), views(2, 2)
+    images = model.encode_image(pixels.flatten(0, 1)).view(12, 2, -1)
+    expected, cross = clip.multiview_loss(model, images, model.encode_text(ids.flatten(0, 1)).view(12, 2, -1))
     expected.backward()
-    assert difference(loss, expected) < 1e-6
+    assert difference(loss, cross) < 1e-6
     assert difference(found, gradients(model)) < tolerance
 
 def test_a_run_of_two_processes_is_logged_once_and_goes_on_in_one(album):
@@ -1365,6 +1434,26 @@ def test_patch_dropout_shows_half_of_the_patches_in_training_and_all_in_evaluati
     for photo in range(3):                          # each once, where it stood in the photo
         places = (half[photo, 1:, None] == whole[photo, None, 1:]).all(dim=-1).nonzero()
         assert len(places) == patches // 2 and len(places[:, 1].unique()) == patches // 2
+
+def test_word_dropout_replaces_a_share_of_the_tokens_in_training_and_none_in_evaluation():
+    embeddings, ids = small_model().text_model.embeddings, torch.randint(100, (50, 16))
+    whole, embeddings.word_dropout = embeddings(ids), 0.3
+    assert torch.equal(embeddings.eval()(ids), whole)
+    words = embeddings.train()(ids) - embeddings.position_embedding.weight
+    changed = (words - embeddings.token_embedding(ids)).abs().amax(dim=-1) > 1e-5
+    assert 0.25 < changed.float().mean() < 0.35             # 800 tokens, 1 in 100 of them replaced by itself
+    nearest = torch.cdist(words.flatten(0, 1), embeddings.token_embedding.weight).min(dim=1)
+    assert nearest.values.max() < 1e-2                      # what stands there is a token
+    assert len(nearest.indices[changed.flatten()].unique()) > 80        # and not always the same one
+
+def test_replaced_words_leave_a_caption_read_at_its_end_token():
+    model, ids = small_model(), captions([3, 6, 9], 16)
+    model.text_model.embeddings.word_dropout = 0.99
+    assert difference(model.train().text_model(ids), words_of(model.train(), ids)[range(3), [2, 5, 8]]) > 0
+    torch.manual_seed(1)
+    pooled = model.text_model(ids)
+    torch.manual_seed(1)
+    assert difference(pooled, words_of(model, ids)[range(3), [2, 5, 8]]) == 0
 
 # --- Adaptation ------------------------------------------------------------------------------------------
 
