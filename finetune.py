@@ -275,7 +275,7 @@ def draw_study(path, rows, histories, zero_shot):
             axes.set(xlabel=xlabel, ylabel=label, yscale="log" if best is min else "linear")
             axes.grid(alpha=0.3)
         right.set_xscale("log")
-        left.legend(fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=8)
     with data.atomic(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
 
