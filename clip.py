@@ -307,8 +307,7 @@ class CLIP(nn.Module):
 
     @classmethod
     def load(cls, run_dir, epoch="best"):
-        """The model of a run of this file after its "best" or "last" epoch, in eval mode on the CPU. Raises
-        InputError where there is none."""
+        """The model of a run after its "best" or "last" epoch, in eval mode on the CPU; else InputError."""
         model = cls(read_run(run_dir)[0])
         model.load_state_dict(load_checkpoint(run_dir)[epoch])
         model.source = Path(run_dir) / "tokenizer"
@@ -619,6 +618,7 @@ def checked(args):
     if args.batch_size % WORLD_SIZE:
         raise InputError(f"--batch-size {args.batch_size} doesn't divide among {WORLD_SIZE} processes")
     try:
+        assert torch.device(args.device).type in ("cuda", "cpu"), "cuda:N and cpu are known"
         args.device = torch.empty(1, device=args.device).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"no device {args.device} here: {str(error).splitlines()[0]}") from error
