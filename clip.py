@@ -432,7 +432,7 @@ def compile_parts(model):
     gc.collect()                            # an earlier model's graphs, which hold one another in a cycle
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 64
-    torch._inductor.config.fallback_random = True       # PyTorch's own dropout: half the time of Inductor's
+    torch._inductor.config.fallback_random = True       # PyTorch's dropout draws four numbers at a time
     for part in model.modules():
         if isinstance(part, (VisionEmbeddings, Block)):
             part.compile(dynamic=False)
