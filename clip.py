@@ -461,7 +461,7 @@ def encode_pairs(model, split, pairs, seed, views=1):
     of each photo (b, V, E) and of its captions (b, K, E). The same seed makes the same crops and dropout."""
     torch.manual_seed(seed)
     device, size = model.logit_scale.device, model.config.image_size
-    pixels = split.take(pairs[:, 0].repeat_interleave(views), device)                   # (b V, S, S, 3)
+    pixels = split.take(pairs[:, 0], device).repeat_interleave(views, dim=0)            # (b V, S, S, 3)
     # Photos are stored with a margin for crops. Drawn scenes are not: a crop makes "left" and "large" wrong.
     pixels = data.augment(pixels, size) if pixels.shape[1] > size else data.normalize(pixels)
     ids = split.tokens(pairs[:, 1:].flatten(), device)                                  # (b K, T)
