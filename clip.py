@@ -3,9 +3,8 @@
     python clip.py --data shapes     drawn scenes, nothing downloaded: under 3 minutes on two CPU cores
     python clip.py --epochs 55       ViT-B/16 from scratch on Flickr30k, on a GPU
 
-Both write runs/NAME/: log, learning curve, retrieval picture and a model that `CLIP.load` opens. The paper:
-Radford et al. 2021, Learning Transferable Visual Models From Natural Language Supervision, arXiv:2103.00020.
-Module names are those of Hugging Face's CLIPModel, so that released weights load unchanged.
+The paper is Radford et al. 2021, Learning Transferable Visual Models From Natural Language Supervision,
+arXiv:2103.00020. Module names are those of Hugging Face's CLIPModel, so that released weights load unchanged.
 
 Shapes: B photos in a batch, V crops and K captions of each, S x S pixels, T tokens (or patches plus one), C
 channels of a tower, H heads, D = C / H channels of a head, P x P pixels of a patch, E shared channels.
@@ -14,7 +13,6 @@ import argparse
 import atexit
 import copy
 import gc
-import json
 import math
 import os
 import sys
@@ -31,6 +29,7 @@ from torch import nn
 import data
 from data import InputError
 
+CHECKPOINT = "checkpoint.pt"
 # torchrun starts a process for each GPU and says in the environment which one it is, of how many.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -47,10 +46,8 @@ class TowerConfig:
 @dataclass
 class CLIPConfig:
     """All that defines a CLIP. The defaults are ViT-B/16 as released, but for OpenAI's causal=True.
-
     causal: False is a BERT-style text tower, in which every token sees the whole caption; True is one where a
-    token sees only what stands before it. hidden_act: "quick_gelu", or "gelu", which CPUs compute faster.
-    """
+    token sees only what stands before it. hidden_act: "quick_gelu", or "gelu", which CPUs compute faster."""
     vision: TowerConfig = field(default_factory=lambda: TowerConfig(768, 12, 12, 3072))
     text: TowerConfig = field(default_factory=lambda: TowerConfig(512, 12, 8, 2048))
     image_size: int = 224
@@ -224,9 +221,8 @@ class TextTransformer(nn.Module):
 
 @torch.no_grad()
 def init_weights(model):
-    """Every starting value, in place: norms 1, biases 0, the rest normal with the scales that openai/CLIP
-    (model.py: initialize_parameters) gives for its text tower, here for both. Hugging Face exchanges two of
-    them: there q, k and v have the smaller scale, which belongs to what writes into the residual stream."""
+    """In place: norms 1, biases 0, the rest normal with the scales of openai/CLIP's text tower (model.py:
+    initialize_parameters), for both. Hugging Face gives q, k and v the smaller one that is out_proj's."""
     for tower, config in ((model.vision_model, model.config.vision), (model.text_model, model.config.text)):
         width = config.hidden_size ** -0.5
         # 2 L layers add to the residual stream; this keeps its variance from growing with depth (GPT-2).
@@ -240,8 +236,7 @@ def init_weights(model):
     vision, text = model.vision_model.embeddings, model.text_model.embeddings
     nn.init.normal_(vision.class_embedding, std=model.config.vision.hidden_size ** -0.5)
     nn.init.normal_(vision.position_embedding.weight, std=model.config.vision.hidden_size ** -0.5)
-    # Ours: a patch starts as strong as a position. With 1 / sqrt(fan in) alone it drowns the positions, and
-    # what stands where is learnt last.
+    # Ours: a patch starts as strong as a position, which 1 / sqrt(fan in) alone would drown.
     fan_in = 3 * model.config.patch_size ** 2
     nn.init.normal_(vision.patch_embedding.weight, std=(fan_in * model.config.vision.hidden_size) ** -0.5)
     nn.init.normal_(text.token_embedding.weight, std=0.02)
@@ -252,25 +247,27 @@ def init_weights(model):
     # all logits are then nearly equal, and training crawls at chance.
     nn.init.constant_(model.logit_scale, math.log(1 / 0.07))
 
-CHECKPOINT = "checkpoint.pt"
+def expect(name, x, kind, *shape):
+    """Raises ValueError unless x is a tensor of this kind and shape. A letter stands for any one size."""
+    fits, sizes = isinstance(x, torch.Tensor) and kind in str(x.dtype) and x.ndim == len(shape), {}
+    if not fits or any(size != sizes.setdefault(n, n if isinstance(n, int) else size)
+                       for n, size in zip(shape, x.shape)):
+        raise ValueError(f"{name} is {getattr(x, 'dtype', type(x))} {[*getattr(x, 'shape', ())]}, where "
+                         f"{kind} {[*shape]} is expected")
 
 def load_checkpoint(run_dir):
-    """A run's checkpoint, on the CPU: {"last": weights to resume with, "best": weights of the best epoch,
-    "optimizer", "history", "seconds"}. Raises InputError where there is none that can be read."""
+    """A run's checkpoint, on the CPU: {"config": CLIPConfig, "flags": of the command, "last", "best": weights
+    after the last and the best epoch, ...}. Raises InputError where none can be read, and for NaN in it."""
     path = Path(run_dir) / CHECKPOINT
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)      # data only: it can't bring code
+        state = torch.load(path, map_location="cpu", weights_only=True)     # data only: it can't bring code
+        towers = {name: TowerConfig(**state["config"].pop(name)) for name in ("vision", "text")}
+        state["config"] = CLIPConfig(**towers, **state["config"])
+        weights = [tensor for name in ("last", "best") for tensor in state[name].values()]
+        assert all(weight.isfinite().all() for weight in weights), "NaN or infinity in its weights"
+        return state
     except Exception as error:                              # torch.load has a dozen ways to fail
-        raise InputError(f"{path} is missing, damaged or no checkpoint ({type(error).__name__})") from error
-
-def read_run(run_dir):
-    """What a run of this file is: its CLIPConfig and its flags, a dict of strings."""
-    try:
-        run = json.loads((Path(run_dir) / "config.json").read_text())
-        towers = {name: TowerConfig(**run["model"].pop(name)) for name in ("vision", "text")}
-        return CLIPConfig(**run["model"], **towers), dict(run["run"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{run_dir} is no run of clip.py, or damaged: {error!r}") from error
+        raise InputError(f"{path} is missing, damaged or no checkpoint ({error!r:.90})") from error
 
 class CLIP(nn.Module):
     """Two towers and a temperature; `forward` is figure 3 of the paper."""
@@ -287,15 +284,20 @@ class CLIP(nn.Module):
 
     def encode_image(self, pixels):
         """Photos (B, 3, S, S), normalised as in data.normalize, to unit vectors (B, E) in fp32."""
+        expect("pixels", pixels, "float", "B", 3, self.config.image_size, self.config.image_size)
         return F.normalize(self.visual_projection(self.vision_model(pixels)).float(), dim=-1)
 
     def encode_text(self, ids):
         """Token ids (B, T) to unit vectors (B, E) in fp32. A row that has no end is read at its start."""
+        expect("ids", ids, "int", "B", "T")
+        expect("ids", ids, "int", "B", min(ids.shape[1], self.config.max_position_embeddings))
         return F.normalize(self.text_projection(self.text_model(ids)).float(), dim=-1)
 
     def similarity(self, image_embeds, text_embeds):
         """exp(logit_scale) x cosine: (B, E) and (B', E) to logits (B, B'). In fp32 even under autocast, for
         at a scale of 100 bf16 rounds logits to steps of a half."""
+        expect("image_embeds", image_embeds, "float", "B", "E")
+        expect("text_embeds", text_embeds, "float", "B'", image_embeds.shape[1])
         with torch.autocast(image_embeds.device.type, enabled=False):
             return self.logit_scale.exp() * image_embeds @ text_embeds.T
 
@@ -308,21 +310,23 @@ class CLIP(nn.Module):
     @classmethod
     def load(cls, run_dir, epoch="best"):
         """The model of a run after its "best" or "last" epoch, in eval mode on the CPU; else InputError."""
-        model = cls(read_run(run_dir)[0])
-        model.load_state_dict(load_checkpoint(run_dir)[epoch])
+        state = load_checkpoint(run_dir)
+        try:
+            model = cls(state["config"])
+            model.load_state_dict(state[epoch])
+        except (RuntimeError, KeyError, TypeError) as error:
+            raise InputError(f"{run_dir} doesn't hold the whole of a model: {error!r:.150}") from error
         model.source = Path(run_dir) / "tokenizer"
         return model.eval()
 
     @classmethod
     def from_pretrained(cls, name_or_dir):
-        """The model of a hub name, a Hugging Face folder or a run of this file, in eval mode on the CPU. Each
-        weight of the file has its place here and each place its weight, or InputError is raised."""
+        """The model of a hub name, a Hugging Face folder or a run, in eval mode on the CPU."""
         import finetune                     # the exchange with Hugging Face's files stands there
         return finetune.read_released(cls, name_or_dir)
 
     def save_pretrained(self, folder, tokenizer=None):
-        """Writes a Hugging Face folder for transformers' CLIPModel and CLIPProcessor. tokenizer: None is the
-        model's own. Raises InputError for a BERT-style text tower, unknown there, and unmerged adapters."""
+        """Writes a Hugging Face folder, with this tokenizer or the model's: finetune.write_released."""
         import finetune
         finetune.write_released(self, folder, tokenizer)
 
@@ -330,6 +334,7 @@ def contrastive_loss(logits_per_image):
     """Mean of two cross-entropies over logits (B, B), a scalar: the right caption of a photo is that of its
     own row, the right photo of a caption that of its own column. Chance is ln B (4.85 for 128: a loss that
     stays there has learnt nothing). Two equal photos in a batch would be each other's negatives."""
+    expect("logits_per_image", logits_per_image, "float", "B", "B")
     labels = torch.arange(len(logits_per_image), device=logits_per_image.device)
     loss_image = F.cross_entropy(logits_per_image.float(), labels)
     loss_text = F.cross_entropy(logits_per_image.float().T, labels)
@@ -339,6 +344,8 @@ def multiview_loss(model, image_embeds, text_embeds):
     """V crops (B, V, E) and K captions (B, K, E) of B photos: (loss, its first part), scalars. The first part
     is contrastive_loss over all V K ways to pair a crop with a caption, their mean. To it come the means over
     crops among themselves (SLIP, arXiv:2112.12750) and captions among themselves, where there are several."""
+    expect("image_embeds", image_embeds, "float", "B", "V", "E")
+    expect("text_embeds", text_embeds, "float", len(image_embeds), "K", image_embeds.shape[2])
     crops, captions = image_embeds.unbind(1), text_embeds.unbind(1)                     # V and K times (B, E)
     parts = [[contrastive_loss(model.similarity(a, b)) for a, b in pairs]
              for pairs in (product(crops, captions), combinations(crops, 2), combinations(captions, 2))]
@@ -347,12 +354,12 @@ def multiview_loss(model, image_embeds, text_embeds):
 
 def recall_at_k(similarity, caption_owner, ks=(1, 5, 10)):
     """Retrieval recall as published for Flickr30k, both ways.
-
     similarity (photos, captions); caption_owner (captions,): the photo that each caption describes.
     Returns {"t2i_r1": fraction, ..., "i2t_r1": fraction, ...}: text to image, how often a caption's photo is
     among its k best photos; image to text, how often any of a photo's captions is among its k best captions.
-    A tie counts against the model, and so does NaN: constant similarities score 0, not 100 %.
-    """
+    A tie counts against the model, and so does NaN: constant similarities score 0, not 100 %."""
+    expect("similarity", similarity, "float", "photos", "captions")
+    expect("caption_owner", caption_owner, "int", similarity.shape[1])
     photos, captions = similarity.shape
     own = caption_owner == torch.arange(photos, device=similarity.device)[:, None]      # (photos, captions)
     right_photo = similarity[caption_owner, torch.arange(captions, device=similarity.device)]
@@ -386,21 +393,16 @@ def embed(model, split, batch_size=250):
 @torch.no_grad()
 def evaluate(model, split):
     """The loss of a split and its recalls in percent: {"loss", "t2i_r1", "t2i_r5", ..., "i2t_r10", "rsum"}.
-
-    The loss is over fixed groups of 64 photos (of all, if fewer) with one caption each, five times with other
-    captions, so that it compares across batch sizes: chance is ln 64 = 4.159. Photos that fill no group are
-    left out. rsum, the sum of the six recalls, picks the best epoch, and not the loss: that also measures how
-    sure the model is, and rises from overconfidence while recall still rises (open_clip #811).
-    """
+    The loss is over fixed groups of 64 photos (of all, if fewer; whole groups only), five times with another
+    caption of each, so that it compares across batch sizes: chance is ln 64 = 4.159. rsum, the sum of the six
+    recalls, picks the best epoch, and not the loss: that also measures how sure the model is, and rises from
+    overconfidence while recall still rises (open_clip #811)."""
     images, texts = embed(model, split)
     owner = split.owner.to(images.device)
     first, count = torch.searchsorted(owner, owner.unique()), owner.bincount()          # (N,), (N,)
-    group, losses = min(64, len(images)), []
-    for turn in range(5):
-        chosen = texts[first + turn % count]                                            # (N, E)
-        for i in range(0, len(images) - group + 1, group):
-            logits_per_image = model.similarity(images[i:i + group], chosen[i:i + group])
-            losses.append(contrastive_loss(logits_per_image))
+    group = min(64, len(images))
+    losses = [contrastive_loss(model.similarity(a, b)) for turn in range(5) for a, b
+              in zip(images.split(group), texts[first + turn % count].split(group)) if len(a) == group]
     recall = {name: 100 * value for name, value in recall_at_k(images @ texts.T, owner).items()}
     return {"loss": torch.stack(losses).mean().item(), **recall, "rsum": sum(recall.values())}
 
@@ -427,8 +429,7 @@ def learning_rate(step, steps, peak, warmup):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup * steps) / (steps - warmup * steps)))
 
 def compile_parts(model):
-    """torch.compile, part by part: equal blocks are compiled once for each length of the captions. Then each
-    tower's training is recorded as CUDA graphs."""
+    """torch.compile part by part: equal blocks once for each length of the captions. Then CUDA graphs."""
     gc.collect()                            # an earlier model's graphs, which hold one another in a cycle
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 64
@@ -452,10 +453,6 @@ def replay_graphs(tower):
         return graphs[x.shape](x)
     tower.forward = forward
 
-def trained_state(model):
-    """What training changes: all parameters from scratch, the adapters with LoRA."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
 def encode_pairs(model, split, pairs, seed, views=1):
     """pairs (b, 1 + K): rows of b photos, and of K captions of each. Returns the embeddings of `views` crops
     of each photo (b, V, E) and of its captions (b, K, E). The same seed makes the same crops and dropout."""
@@ -471,10 +468,9 @@ def encode_pairs(model, split, pairs, seed, views=1):
 
 def gather(x):
     """The rows of all processes, (B / processes, ...) to (B, ...), without a graph."""
-    if WORLD_SIZE == 1:
-        return x.detach()
-    parts = [torch.empty_like(x) for _ in range(WORLD_SIZE)]
-    dist.all_gather(parts, x.detach())
+    parts = [torch.empty_like(x) if WORLD_SIZE > 1 else x.detach() for _ in range(WORLD_SIZE)]
+    if WORLD_SIZE > 1:
+        dist.all_gather(parts, x.detach())
     return torch.cat(parts)
 
 def backward(model, encode, micro_batches):
@@ -483,8 +479,7 @@ def backward(model, encode, micro_batches):
     Any batch fits where one micro-batch does, exactly, by gradient caching (Gao 2021, arXiv:2101.06983):
     1. Embed all pairs. Of several micro-batches keep no graph: that is what fills the memory.
     2. The loss is a function of the embeddings alone: compute it, and its gradient for each of them.
-    3. Embed each micro-batch again, now with a graph, and send its part of that gradient through it.
-    """
+    3. Embed each micro-batch again, now with a graph, and send its part of that gradient through it."""
     if micro_batches > 1:       # a replay overwrites the gradients it gave before: add them up elsewhere
         for p in filter(lambda p: p.requires_grad, model.parameters()):
             p.grad = torch.zeros_like(p)
@@ -504,32 +499,46 @@ def backward(model, encode, micro_batches):
     return first.detach()
 
 SAVE_SECONDS = 20   # at least from one checkpoint to the next: else short epochs would wait for the disk
+FREE = ("resume", "device", "compile", "micro_batch", "out")        # flags that a resumed run may change
 
 def train(model, splits, args, run_dir):
-    """Trains all that requires a gradient; returns the history, one evaluated row for each epoch. Writes
-    log.csv after each, the checkpoint often; its best epoch is that of the highest rsum. An epoch's batches
-    derive from (seed, epoch), crops and dropout from (seed, step): a resumed run, in as many processes and
-    micro-batches, is on the CPU bit for bit the whole one. Raises InputError when the loss is not finite."""
+    """Trains all that requires a gradient; returns the history, an evaluated row for each epoch. Writes then
+    log.csv, the checkpoint often and when it is stopped. Batches derive from (seed, epoch), crops and dropout
+    from (seed, step): a resumed run, in as many processes and micro-batches, is on the CPU bit for bit the
+    whole one. Raises InputError if the loss is not finite."""
     split, steps_per_epoch = splits["train"], len(splits["train"].photos) // args.batch_size
     steps = args.epochs * steps_per_epoch
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
-    history, seconds, best, saved = [], 0.0, None, time.perf_counter()
+    flags = {name: str(value) for name, value in vars(args).items() if name not in FREE}
+    history, best, seconds, saved = [], None, 0.0, time.perf_counter()
+    first, total = 0, torch.zeros((), device=args.device)       # the epoch's first step here, its losses' sum
     model.vision_model.embeddings.patch_dropout = args.patch_dropout
     model.text_model.embeddings.word_dropout = args.word_dropout
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    def save(step):
+        with data.atomic(run_dir / CHECKPOINT) as temporary:
+            torch.save({"config": asdict(model.config), "flags": flags, "last": trained,
+                        "best": best or trained, "optimizer": optimizer.state_dict(), "history": history,
+                        "step": step, "total": total.item(), "seconds": seconds}, temporary)
+        if data.stops:
+            raise KeyboardInterrupt
     if args.resume and (run_dir / CHECKPOINT).exists():
         state = load_checkpoint(run_dir)
+        changed = [f"{name} was {old}" for name, old in state["flags"].items() if flags.get(name) != old]
+        if changed:
+            raise InputError(f"{run_dir} is another run ({', '.join(changed)}): --out DIR starts a new one")
         model.load_state_dict(state["last"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
-        history, seconds, best = state["history"], state["seconds"], state["best"]
-    if args.resume:
-        print(f"resumed   after epoch {len(history)}{'' if history else ': no checkpoint yet'}")
+        history, best, seconds = state["history"], state["best"], state["seconds"]
+        first, total = state["step"] % steps_per_epoch, total + state["total"]
+        print(f"resumed   after epoch {len(history)}, step {state['step']} of {steps}")
     if args.compile:
         compile_parts(model)
     model.train()
+    data.patience = math.inf if RANK else 1                     # process 0 saves, then ends the job
     for epoch in range(len(history), args.epochs):
-        pairs = split.pairs(args.seed, epoch, args.captions)                            # (N, 1 + K)
-        total, start = torch.zeros((), device=args.device), time.perf_counter()
-        for i in range(steps_per_epoch):
+        pairs, start = split.pairs(args.seed, epoch, args.captions), time.perf_counter()        # (N, 1 + K)
+        for i in range(first, steps_per_epoch):
             step = epoch * steps_per_epoch + i
             batch = pairs[i * args.batch_size:(i + 1) * args.batch_size]                # (B, 1 + K)
             parts = batch.chunk(WORLD_SIZE)[RANK].split(args.micro_batch or len(batch))
@@ -545,14 +554,18 @@ def train(model, splits, args, run_dir):
             model.logit_scale.data.clamp_(max=math.log(100))        # the paper's bound (openai/CLIP #46)
             total += loss
             if (step + 1) % max(1, steps // 40) == 0:       # about 40 lines for a run of any length
-                shown, rate = loss.item(), (i + 1) * args.batch_size / (time.perf_counter() - start)
+                shown, rate = loss.item(), (i + 1 - first) * args.batch_size / (time.perf_counter() - start)
                 print(f"epoch {epoch + 1:3d}/{args.epochs}  step {step + 1:6d}/{steps}  loss {shown:7.4f}  "
                       f"lr {lr:.2e}  scale {model.logit_scale.exp():6.2f}  {rate:6,.0f} pairs/s  "
                       f"ETA {(steps - step - 1) * args.batch_size / rate / 60:6.1f} min", flush=True)
+            if data.stops and not RANK and i + 1 < steps_per_epoch and total.isfinite():
+                seconds += time.perf_counter() - start
+                save(step + 1)
         train_loss, row = total.item() / steps_per_epoch, evaluate(model, splits["val"])
         if not math.isfinite(train_loss + row["loss"]):
             raise InputError("the loss is not finite: start a new run with a lower --lr or a longer --warmup")
         seconds += time.perf_counter() - start
+        first, total = 0, torch.zeros_like(total)
         history.append({"epoch": epoch + 1, "train_loss": train_loss, "lr": lr, **row,
                         "logit_scale": model.logit_scale.exp().item(), "minutes": seconds / 60})
         is_best = row["rsum"] > max((before["rsum"] for before in history[:-1]), default=-1)
@@ -561,15 +574,14 @@ def train(model, splits, args, run_dir):
         if RANK:
             continue                                        # process 0 writes for all
         if is_best:
-            best = {name: tensor.to("cpu", copy=True) for name, tensor in trained_state(model).items()}
-        if epoch + 1 == args.epochs or time.perf_counter() - saved > SAVE_SECONDS:
-            with data.atomic(run_dir / CHECKPOINT) as temporary:
-                torch.save({"last": trained_state(model), "best": best, "optimizer": optimizer.state_dict(),
-                            "history": history, "seconds": seconds}, temporary)
-            saved = time.perf_counter()
+            best = {name: tensor.to("cpu", copy=True) for name, tensor in trained.items()}
         with data.atomic(run_dir / "log.csv") as temporary:
             lines = [history[0].keys(), *(row.values() for row in history)]
             temporary.write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
+        if data.stops or epoch + 1 == args.epochs or time.perf_counter() - saved > SAVE_SECONDS:
+            save(step + 1)
+            saved = time.perf_counter()
+    data.patience = 0
     if WORLD_SIZE > 1:
         dist.barrier()                                      # what process 0 wrote is there for all
     return history
@@ -579,7 +591,6 @@ def train(model, splits, args, run_dir):
 # The drawn worlds' defaults: a small model for a small world, and one view, as nothing is cropped there.
 SHAPES = dict(model="tiny", tokenizer="train", epochs=9, batch_size=128, lr=1e-3, weight_decay=0.1,
               views=1, captions=1, patch_dropout=0.0, word_dropout=0.0)
-FREE = ("resume", "device", "compile", "micro_batch", "out")        # flags that a resumed run may change
 
 FLAGS = (       # of clip.py and finetune.py: name, default, least, most, help
     ("epochs", 55, 1, 1e6, "passes over the photos, but for those that fill no last batch"),
@@ -588,10 +599,10 @@ FLAGS = (       # of clip.py and finetune.py: name, default, least, most, help
     ("lr", 5e-4, 0, 1e3, "peak learning rate"),
     ("weight-decay", 0.2, 0, 1e3, "AdamW's, on matrices only"),
     ("warmup", 0.1, 0, 1, "share of the steps in which lr rises"),
-    ("views", 2, 1, 1e3, "crops of a photo in a step: positives of its captions and of each other"),
-    ("captions", 2, 1, 1e3, "captions of a photo in a step, likewise"),
-    ("patch-dropout", 0.5, 0, 0.99, "share of a photo's patches that training leaves out"),
-    ("word-dropout", 0.2, 0, 0.99, "share of a caption's tokens that training replaces by others"),
+    ("views", 4, 1, 1e3, "crops of a photo in a step: positives of its captions and of each other"),
+    ("captions", 4, 1, 1e3, "captions of a photo in a step, likewise"),
+    ("patch-dropout", 0.75, 0, 0.99, "share of a photo's patches that training leaves out"),
+    ("word-dropout", 0.3, 0, 0.99, "share of a caption's tokens that training replaces by others"),
     ("seed", 0, 0, 1e9, "of weights, batches and crops"),
 )
 
@@ -602,7 +613,7 @@ def add_shared_flags(parser):
         group.add_argument(f"--{name}", type=type(default), default=default, help=words)
     group = parser.add_argument_group("run")
     group.add_argument("--data", type=os.path.normpath, default="flickr30k", metavar="DIR",
-                       help="photos and captions, or `shapes`, `sketches`; ./flickr30k is fetched if missing")
+                       help="photos and captions, or `shapes`, `sketches`; flickr30k is fetched if missing")
     group.add_argument("--out", type=Path, metavar="DIR", help="folder of the run; None is a name in runs/")
     group.add_argument("--resume", action="store_true", help="go on with the run in --out")
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
@@ -618,9 +629,8 @@ def checked(args):
     if args.batch_size % WORLD_SIZE:
         raise InputError(f"--batch-size {args.batch_size} doesn't divide among {WORLD_SIZE} processes")
     try:
-        assert torch.device(args.device).type in ("cuda", "cpu"), "cuda:N and cpu are known"
         args.device = torch.empty(1, device=args.device).device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError) as error:         # the latter where torch has no CUDA
         raise InputError(f"no device {args.device} here: {str(error).splitlines()[0]}") from error
     args.compile = args.compile and args.device.type == "cuda"
     if args.device.type == "cuda":
@@ -634,10 +644,9 @@ def checked(args):
 def parse_args(argv):
     parser = data.Parser(description=f"Train CLIP from scratch. Drawn worlds have the defaults {SHAPES}.",
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=PRESETS, default="ViT-B/16", help="size")
-    group.add_argument("--text", choices=("bert", "causal"), default="bert", help="causal is OpenAI's")
-    group.add_argument("--tokenizer", default="openai/clip-vit-base-patch16", help="name, folder or `train`")
+    parser.add_argument("--model", choices=PRESETS, default="ViT-B/16", help="size")
+    parser.add_argument("--text", choices=("bert", "causal"), default="bert", help="causal is OpenAI's")
+    parser.add_argument("--tokenizer", default="openai/clip-vit-base-patch16", help="name, folder or `train`")
     add_shared_flags(parser)
     if parser.parse_known_args(argv)[0].data in data.DRAWN:
         parser.set_defaults(**SHAPES)
@@ -647,7 +656,7 @@ def parse_args(argv):
 
 def load_data(args, tokenizer, config):
     """What data.load gives for --data and a model's configuration, on the device where it fits."""
-    if (args.out / "config.json").exists() and not args.resume:
+    if [*args.out.glob(CHECKPOINT), *args.out.glob(f"*-seed*/{CHECKPOINT}")] and not args.resume:
         raise InputError(f"{args.out} holds a run: --resume goes on with it, --out DIR starts another")
     if RANK:
         dist.barrier()                                      # process 0 stores the photos, others find them
@@ -660,22 +669,14 @@ def load_data(args, tokenizer, config):
         split.place(args.device)
     return splits, tokenizer
 
-def open_run(config, tokenizer, args):
-    """Makes the folder args.out with config.json, {"model": the configuration, "run": the flags}, and the
-    tokenizer. Raises InputError if another run is there, or this one and not --resume."""
-    if RANK:
-        return
-    flags = {name: str(value) for name, value in vars(args).items() if name not in FREE}
-    file = args.out / "config.json"
-    if file.exists():
-        before = read_run(args.out)[1]
-        changed = [f"{name} was {before.get(name)}" for name in flags if before.get(name) != flags[name]]
-        if changed:
-            raise InputError(f"{args.out} is another run ({', '.join(changed)}): --out DIR starts a new one")
-    args.out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(args.out / "tokenizer")
-    with data.atomic(file) as temporary:
-        temporary.write_text(json.dumps({"model": asdict(config), "run": flags}, indent=1))
+def open_run(tokenizer, args):
+    """Makes the folder of a run, with the tokenizer in it."""
+    if RANK == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        if not args.resume:
+            data.remove(args.out / "tokenizer")             # of a run that ended before its first checkpoint
+        with data.atomic(args.out / "tokenizer") as temporary:
+            tokenizer.save_pretrained(temporary)
 
 def run(args):
     import finetune                                         # reports and figures stand there
@@ -684,7 +685,7 @@ def run(args):
     splits, tokenizer = load_data(args, tokenizer, config)
     config = replace(config, causal=args.text == "causal", vocab_size=len(tokenizer),
                      eos_token_id=tokenizer.eos_token_id)
-    open_run(config, tokenizer, args)
+    open_run(tokenizer, args)
     torch.manual_seed(args.seed)
     model = CLIP(config).to(args.device)
     finetune.print_start(model, splits, args)
@@ -693,7 +694,6 @@ def run(args):
         finetune.print_end(model, splits, history, args)
 
 def main(argv=None):
-    """The command. Returns its exit code."""
     return data.command(argv, parse_args, run)
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import random
 import re
 import shutil
@@ -35,49 +36,64 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"{message}; --help lists the flags")
 
+stops, patience = [], 0     # signals that came to end a command; of these so many wait for the end of a step
+
 def command(argv, parse_args, run):
     """Runs a command and returns its exit code: bad input, or an OSError, is one line on stderr and 2; Ctrl-C
     is one and 130, SIGTERM one and 143, as shells count them."""
+    global stops, patience
+    stops, patience = [], 0
     def stop(number, frame):
-        raise KeyboardInterrupt(number)
-    handler = signal.signal(signal.SIGTERM, stop)
+        stops.append(number)
+        if len(stops) > patience:
+            raise KeyboardInterrupt
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         run(parse_args(argv))
         return 0
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        if "RANK" not in os.environ:                        # else another process of the job has ended
+    except RuntimeError as error:                           # a full GPU, or another process of the job ended
+        if not isinstance(error, torch.OutOfMemoryError) and "RANK" not in os.environ:
             raise
         print(f"error: {str(error).splitlines()[0]}; --resume goes on with the run", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as stopped:
-        print("stopped: --resume goes on from the last checkpoint, where there is one", file=sys.stderr)
-        return 143 if stopped.args else 130
+    except KeyboardInterrupt:
+        print("stopped: the same command with --resume goes on from what was saved", file=sys.stderr)
+        return 128 + (stops or [signal.SIGINT])[0]
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+def remove(path):
+    """Removes a file or folder that may be there."""
+    shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink(missing_ok=True)
 
 @contextmanager
 def atomic(path):
     """Yields a temporary path to write; at the end of the block it becomes `path`, after an error it goes."""
-    temporary = Path(path).with_name(f".{os.getpid()}.{Path(path).name}")
+    path = Path(path)
+    tail = f"@{platform.node()}.{path.name}"
+    for left in path.parent.glob(f".*{tail}"):              # perhaps by a process that was killed
+        if Path("/proc").exists() and not Path("/proc", left.name[1:].split("@")[0]).exists():
+            remove(left)
+    temporary = path.with_name(f".{os.getpid()}{tail}")
     try:
         yield temporary
-        if not Path(path).is_dir():                         # else another run has just built the same store
+        if not path.is_dir():                               # else another run has just built the same store
             os.replace(temporary, path)
     except (OSError, RuntimeError) as error:                # torch says RuntimeError where the disk is full
         raise InputError(f"can't write {path}, perhaps the disk is full ({error!r:.90})") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)        # where it is a folder
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
 
 # --- Captions --------------------------------------------------------------------------------------------
 
 def read_karpathy(text):
     """Karpathy's dataset_*.json: {"images": [{"filename", "split", "sentences": [{"raw"}, ...]}, ...]}."""
-    return {image["filename"]: (image["split"], [sentence["raw"] for sentence in image["sentences"]])
-            for image in json.loads(text)["images"]}
+    for image in json.loads(text)["images"]:
+        yield image["filename"], image["split"], [sentence["raw"] for sentence in image["sentences"]]
 
 def csv_rows(text):
     """The rows of a CSV file, as dicts. An unquoted comma or a lost quote would cut a caption: ValueError."""
@@ -88,25 +104,22 @@ def csv_rows(text):
 
 def read_hub(text):
     """flickr_annotations_30k.csv of the hub's nlphuji/flickr30k, with columns raw (JSON), split, filename."""
-    return {row["filename"]: (row["split"], json.loads(row["raw"])) for row in csv_rows(text)}
+    for row in csv_rows(text):
+        yield row["filename"], row["split"], json.loads(row["raw"])
 
 def read_kaggle(text):
     """Kaggle's results.csv: lines `name.jpg| 0| caption`. One line of the published file has lost its second
     bar (`2199200615.jpg| 4   A dog runs ...`), which this pattern forgives."""
-    captions = {}
     for line in filter(str.strip, text.split("\n")[1:]):
         row = re.fullmatch(r"([^|]+)\|\s*\d+\s*\|?(.*)", line.strip())
         if not row:
             raise ValueError(f"this line is not `name.jpg| 0| caption`: {line[:60]!r}")
-        captions.setdefault(row[1].strip(), (None, []))[1].append(row[2])
-    return captions
+        yield row[1].strip(), None, [row[2]]
 
 def read_flickr8k(text):
     """Flickr8k's captions.txt: a CSV with the header `image,caption`."""
-    captions = {}
     for row in csv_rows(text):
-        captions.setdefault(row["image"], (None, []))[1].append(row["caption"])
-    return captions
+        yield row["image"], None, [row["caption"]]
 
 # Karpathy's file also gives the published split, so it wins where there are several.
 READERS = {"dataset_*.json": read_karpathy, "flickr_annotations_30k.csv": read_hub,
@@ -116,25 +129,23 @@ def read_captions(folder):
     """The captions file of a folder (or one folder deeper), read: (path, {name: (split, captions)}). Where it
     has no split, a photo's own name decides, 1 in 20 each to val and test: file order doesn't matter, and
     adding photos moves none. Raises InputError where there is no file or it can't be read."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"no such folder: {folder}; --data takes one with photos and captions, or `shapes`")
-    found = [(path, pattern) for pattern in READERS
-             for path in sorted(folder.glob(pattern)) + sorted(folder.glob(f"*/{pattern}"))]
+    found = [(path, pattern) for pattern in READERS for depth in ("", "*/")
+             for path in sorted(Path(folder).glob(depth + pattern))]
     if not found:
-        raise InputError(f"no captions in {folder} or one folder deeper: looked for {', '.join(READERS)}")
-    path, pattern = found[0]
+        wrong = "no captions in it or one folder deeper" if Path(folder).is_dir() else "no such folder"
+        raise InputError(f"--data {folder}: {wrong}; looked for {', '.join(READERS)}")
+    (path, pattern), photos, captions = found[0], {}, {}
     try:
-        photos = READERS[pattern](path.read_text(encoding="utf-8-sig"))
+        for name, split, sentences in READERS[pattern](path.read_text(encoding="utf-8-sig")):
+            kept = (" ".join(sentence.split()) for sentence in sentences if sentence)
+            photos.setdefault(str(name), (split, []))[1].extend(filter(None, kept))
     except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
         raise InputError(f"{path} can't be read as a {pattern}: {error!r:.150}") from error
-    captions = {}
     for name, (split, sentences) in photos.items():
         if split is None:
             split = {0: "val", 1: "test"}.get(int(hashlib.md5(name.encode()).hexdigest(), 16) % 20, "train")
         if split not in ("train", "restval", "val", "test"):
             raise InputError(f"{path} puts {name} into {split!r}, which is none of train, val and test")
-        sentences = [" ".join(sentence.split()) for sentence in sentences if sentence and sentence.strip()]
         if sentences:
             captions[name] = split.replace("restval", "train"), sentences      # Karpathy's name for more
     if not captions:
@@ -152,16 +163,13 @@ def download(folder):
     try:
         for name in ("flickr_annotations_30k.csv", "flickr30k-images.zip"):
             path = Path(hf_hub_download("nlphuji/flickr30k", name, repo_type="dataset", local_dir=partial))
-    except Exception as error:                              # the hub's client has dozens of kinds
-        raise InputError(f"Flickr30k is not in ./{folder} and can't be downloaded ({type(error).__name__}): "
-                         "give your copy with --data DIR, or try --data shapes") from error
-    try:
         with zipfile.ZipFile(path) as archive:
             if sum(member.file_size for member in archive.infolist()) > 20 * 2**30:
-                raise InputError(f"{path} would unpack to more than 20 GiB: it is not the published file")
+                raise ValueError(f"{path} would unpack to more than 20 GiB: it is not the published file")
             archive.extractall(partial)                     # drops `..` and absolute paths, makes no links
-    except (zipfile.BadZipFile, OSError) as error:
-        raise InputError(f"{path} can't be unpacked ({error}): delete it and try again") from error
+    except Exception as error:                              # the hub's client has dozens of kinds
+        raise InputError(f"Flickr30k is not in ./{folder} and can't be fetched ({error!r:.150}): give your "
+                         f"copy with --data DIR, try --data shapes, or delete {partial} first") from error
     path.unlink()
     os.replace(partial, folder)
 
@@ -173,8 +181,7 @@ def load_photo(path, size):
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.has_transparency_data:                     # what shows through is white, as on a page
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         image = image.convert("RGB")
     if max(image.size) > 20 * min(image.size):              # a 1 x 4000 strip would become 224 x 896,000
         image = ImageOps.fit(image, [min(side, 20 * min(image.size)) for side in image.size])
@@ -203,11 +210,10 @@ def build_store(store, photos, size):
             return load_photo(path, size)
         except Exception:                                   # PIL raises almost anything on a damaged file
             return None
-    # Threads are enough: PIL lets go of Python's lock while it decodes and resizes.
     with atomic(store) as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
         temporary.mkdir()
         with open(temporary / "photos.uint8", "wb") as file:
-            decoded = pool.map(decode, photos.values())
+            decoded = pool.map(decode, photos.values())     # threads do: PIL lets go of Python's lock
             for name, photo in zip(tqdm(photos, "decoding", mininterval=1), decoded):
                 (broken if photo is None else names).append(name)
                 if photo is not None:
@@ -227,8 +233,8 @@ def photo_store(photos, size, cache):
     if not store.exists():
         build_store(store, photos, size)
     names = json.loads((store / "names.json").read_text())
-    # mode "c", a private copy: torch warns of memory that can't be written
-    return names, np.memmap(store / "photos.uint8", np.uint8, mode="c", shape=(len(names), size, size, 3))
+    shape = len(names), size, size, 3       # mode "c", a copy: torch warns of memory that can't be written
+    return names, np.memmap(store / "photos.uint8", np.uint8, mode="c", shape=shape)
 
 # --- Two drawn worlds ------------------------------------------------------------------------------------
 
@@ -307,25 +313,23 @@ def load_drawn(sizes, side, sketch=False, seed=0):
     (names, photos, sentences of each). Scene i is what (seed, i) says, whatever the sizes."""
     splits, index = {}, itertools.count()
     for split, count in sizes.items():
-        names, photos, sentences = [], [], []
+        rows = []
         for i in itertools.islice(index, count):
             scene, rng = all_scenes(seed)[i], random.Random(f"{seed}/{i}")
-            names.append(f"{i:05d}")
-            photos.append(draw(scene, side, rng, sketch))
-            sentences.append(captions_of(scene, rng, sketch))
-        splits[split] = names, np.stack(photos), sentences
+            rows.append((f"{i:05d}", draw(scene, side, rng, sketch), captions_of(scene, rng, sketch)))
+        names, photos, sentences = zip(*rows)
+        splits[split] = list(names), np.stack(photos), sentences
     return splits
 
 # --- Tokenizer -------------------------------------------------------------------------------------------
 
 def train_tokenizer(captions, vocab_size=8192):
-    """A CLIP tokenizer for these captions, made as OpenAI made theirs: 256 bytes, 256 that end a word, the
-    merges that BPE finds, then the two markers, so that the end token has the largest id."""
+    """A CLIP tokenizer for these captions, made as OpenAI made theirs: 256 bytes, 256 that end a word (given,
+    so that ties fall alike each time), the merges that BPE finds, then both markers, the end token last."""
     from tokenizers import pre_tokenizers, trainers
     from transformers import CLIPTokenizer
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     blank = CLIPTokenizer().backend_tokenizer
-    letters = [*alphabet, *(byte + "</w>" for byte in alphabet)]    # given, so that ties fall alike each time
+    letters = [byte + end for end in ("", "</w>") for byte in sorted(pre_tokenizers.ByteLevel.alphabet())]
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, special_tokens=letters, show_progress=False,
                                   end_of_word_suffix="</w>")
     blank.train_from_iterator(captions, trainer)
@@ -341,8 +345,7 @@ def load_tokenizer(name):
         assert len(tokenizer) > 3                           # an empty one is what no folder gives, offline
         return tokenizer
     except Exception as error:                              # the hub's client has dozens of kinds
-        raise InputError(f"no tokenizer {name}: give a folder that holds one, a hub name while there is a "
-                         f"network, or `train` to make one from the captions") from error
+        raise InputError(f"no tokenizer {name}: give its folder, a hub name if online, or `train`") from error
 
 def tokenize(tokenizer, captions, context=77):
     """Captions to int32 ids (len(captions), context). Longer ones are cut, and keep their end token: that is
@@ -374,8 +377,7 @@ class Split:
         return torch.cat([photo[:, None], first[:, None] + turn % count[:, None]], dim=1)
 
     def place(self, device):
-        """Moves the photos into a GPU's memory if they fill at most half of what is free there; else they
-        stay memory-mapped, and each batch is read from disk."""
+        """Moves the photos to a GPU where they fill at most half of what is free; else batches are read."""
         if device.type == "cuda" and self.photos.numel() < torch.cuda.mem_get_info(device)[0] / 2:
             self.photos = self.photos.to(device)
 
@@ -395,8 +397,8 @@ def make_split(names, photos, sentences, tokenizer, context):
     owner = np.repeat(np.arange(len(names)), [len(own) for own in sentences])
     captions = [caption for own in sentences for caption in own]
     ids = tokenize(tokenizer, captions, context)
-    lengths = (ids == tokenizer.eos_token_id).int().argmax(dim=1) + 1
-    return Split(torch.from_numpy(photos), names, captions, torch.from_numpy(owner), ids, lengths)
+    return Split(torch.from_numpy(photos), names, captions, torch.from_numpy(owner), ids,
+                 lengths=(ids == tokenizer.eos_token_id).int().argmax(dim=1) + 1)
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)   # of OpenAI's photos
 
@@ -441,10 +443,8 @@ def load(name, tokenizer, image_size, context=77, cache="cache"):
     if name == "flickr30k" and not Path(name).exists():
         download(name)
     tokenizer = tokenizer if tokenizer == "train" else load_tokenizer(tokenizer)
-    if name in DRAWN:
-        parts = load_drawn({"val": 500, "test": 500, "train": DRAWN[name]}, image_size, name == "sketches")
-    else:
-        parts = load_flickr(name, image_size, cache)
+    parts = (load_flickr(name, image_size, cache) if name not in DRAWN else
+             load_drawn({"val": 500, "test": 500, "train": DRAWN[name]}, image_size, name == "sketches"))
     if tokenizer == "train":
         tokenizer = train_tokenizer(itertools.chain(*parts["train"][2]))
     return {split: make_split(*part, tokenizer, context) for split, part in parts.items()}, tokenizer

@@ -115,7 +115,7 @@ def adapt(base, r, seed, splits, zero_shot, args):
     # All weights at once take smaller steps: 1e-5 where adapters take 1e-4, as in parse_args.
     flags = argparse.Namespace(**vars(args) | dict(seed=seed, lr=args.lr if r else args.lr / 10, out=folder))
     if not r:                                               # then CLIP.load opens the folder
-        clip.open_run(model.config, data.load_tokenizer(model.source), flags)
+        clip.open_run(data.load_tokenizer(model.source), flags)
     history = clip.train(model, splits, flags, folder)
     model.load_state_dict(clip.load_checkpoint(folder)["best"], strict=False)
     if clip.RANK == 0:
@@ -139,7 +139,7 @@ def own_data(run_dir, config):
     """{name: validation split} of what a run of clip.py was trained on, to see what it forgets; else {}."""
     if not (Path(run_dir) / clip.CHECKPOINT).exists():
         return {}
-    name = clip.read_run(run_dir)[1]["data"]
+    name = clip.load_checkpoint(run_dir)["flags"]["data"]
     if name not in data.DRAWN and not Path(name).exists():
         return {}
     tokenizer = Path(run_dir) / "tokenizer"
@@ -321,7 +321,7 @@ def run(args):
     with torch.device("meta"):                              # what is wrong with the flags is said now
         for r in filter(None, args.r):
             insert(CLIP(base.config), r, args)
-    clip.open_run(base.config, tokenizer, args)
+    clip.open_run(tokenizer, args)
     print_start(base, splits, args)
     judged = {name: split for name, split in splits.items() if name != "train"}
     judged |= own_data(args.base, base.config)

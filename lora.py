@@ -33,7 +33,6 @@ class LoRALinear(nn.Linear):
     It takes over the weight and the bias of `base` under their own names, so that state dicts still fit.
     use_rslora: scale by alpha / sqrt(r) instead, with which a large r learns as fast (arXiv:2312.03732).
     """
-
     def __init__(self, base, r, alpha, dropout=0.0, use_rslora=False):
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
         self.weight, self.bias = base.weight, base.bias
@@ -104,6 +103,8 @@ def trainable_parameters(model):
 
 def set_strength(model, strength):
     """Turns the adapters down or up: 0 is the base, 1 what was trained. Raises InputError where merged."""
+    if not math.isfinite(strength):
+        raise InputError(f"strength is {strength}: a finite number is needed")
     for layer in adapters(model).values():
         if layer.merged:
             raise InputError("the adapters are merged: unmerge(model) before their strength changes")
