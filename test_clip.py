@@ -11,6 +11,7 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -1081,6 +1082,10 @@ def hub_server(tmp_path):
         for name in NAMES:
             archive.write(files / "red.jpg", f"flickr30k-images/{name}")
         archive.write(files / "red.jpg", "../../outside.jpg")
+        archive.write(files / "red.jpg", f"{tmp_path}/outside.jpg")
+        link = zipfile.ZipInfo("flickr30k-images/link")
+        link.external_attr = 0o120777 << 16                 # a symbolic link, to what the member holds
+        archive.writestr(link, "/etc")
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -1118,6 +1123,19 @@ def test_flickr30k_is_fetched_from_the_hub_and_nothing_lands_outside_its_folder(
     assert "4.4 GB" in done.stdout
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["cache", "flickr30k", "runs"]
     assert not list(tmp_path.glob("outside.jpg"))
+    assert not any(path.is_symlink() for path in (tmp_path / "a/flickr30k").rglob("*"))
+
+def test_an_archive_that_would_fill_the_disk_is_not_unpacked(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile("bomb.zip", "w") as archive:
+        for i in range(6):
+            archive.writestr(f"flickr30k-images/{i}.jpg", "x")
+        for member in archive.infolist():
+            member.file_size = 2**32 - 2                    # the directory is written at the end: 24 GiB
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: "bomb.zip")
+    assert clip.main([*TOY]) == 2
+    assert_one_error(capsys, "more than 20 GiB")
+    assert not Path("flickr30k").exists()
 
 def test_without_network_the_missing_photos_are_one_line(tmp_path):
     done = run_process(cwd=tmp_path, HF_HUB_OFFLINE="1")
@@ -1358,13 +1376,23 @@ def torchrun(*command, cwd):
     return subprocess.run([*TORCHRUN, *command], cwd=cwd, timeout=170, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
 
-def started(*launch, cwd):
-    """A run of clip.py, launched so, that has begun; what it says goes to the files log and errors in cwd."""
+# clip.py on 300 scenes, with a checkpoint after every epoch.
+QUICK = """
+import sys
+import clip, data
+data.DRAWN["shapes"], clip.SAVE_SECONDS = 300, 0
+print("ready", flush=True)
+sys.exit(clip.main(sys.argv[1:]))
+"""
+
+def started(*launch, cwd, flags=(), until="ETA"):
+    """A quick run, launched so, that has said `until`; its output goes to the files log and errors in cwd."""
+    (cwd / "quick.py").write_text(QUICK)
     with open(cwd / "log", "w") as log, open(cwd / "errors", "w") as errors:
-        process = subprocess.Popen([*launch, HERE / "clip.py", "--data", "shapes", "--device", "cpu"],
-                                   cwd=cwd, stdout=log, stderr=errors)
-    while "step" not in (cwd / "log").read_text() and process.poll() is None:
-        time.sleep(0.1)
+        process = subprocess.Popen([*launch, "quick.py", "--device", "cpu", *flags], cwd=cwd, stdout=log,
+                                   stderr=errors, env={**os.environ, "PYTHONPATH": str(HERE)})
+    while until not in (cwd / "log").read_text() and process.poll() is None:
+        time.sleep(0.02)
     return process
 
 # With micro-batches a process sums its gradients in another order: rounding.
@@ -1405,22 +1433,173 @@ def test_a_study_of_two_processes_leaves_its_files_once(album):
         "tokenizer", "r2-seed0", "study.csv", "study.png"}
     assert not list(album.parent.glob("runs/study/**/.*"))
 
+SCENES = ("--data", "shapes", "--batch-size", "30", "--epochs", "4")
+
 @slow
 def test_a_killed_process_ends_the_whole_job_with_one_line(tmp_path):
-    job = started(*TORCHRUN, cwd=tmp_path)
+    job = started(*TORCHRUN, cwd=tmp_path, flags=("--data", "shapes"))
     workers = subprocess.check_output(["pgrep", "-P", str(job.pid)], text=True).split()
     os.kill(int(workers[-1]), signal.SIGKILL)
     assert job.wait(timeout=60) != 0
     lines = (tmp_path / "errors").read_text().splitlines()
     assert len([line for line in lines if line.startswith(("stopped: ", "error: "))]) == 1
 
+def assert_same_numbers(run, other):
+    ours, theirs = clip.load_checkpoint(run), clip.load_checkpoint(other)
+    assert without_times(ours["history"]) == without_times(theirs["history"])
+    for weights in ("last", "best"):
+        assert all(torch.equal(ours[weights][name], theirs[weights][name]) for name in theirs[weights])
+
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory):
+    """The run of SCENES, from beginning to end."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert started(sys.executable, cwd=folder, flags=SCENES).wait(timeout=100) == 0
+    return folder / "runs/shapes"
+
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stopped_run_says_so_in_one_line(number, code, tmp_path):
-    run = started(sys.executable, cwd=tmp_path)
+def test_a_stopped_run_saves_its_step_and_goes_on_bit_for_bit(number, code, never_stopped, tmp_path):
+    run = started(sys.executable, cwd=tmp_path, flags=SCENES)
     run.send_signal(number)
     assert run.wait(timeout=60) == code
     assert (tmp_path / "errors").read_text().splitlines() == [
         "stopped: the same command with --resume goes on from what was saved"]
+    assert 0 < clip.load_checkpoint(tmp_path / "runs/shapes")["step"] < 40
+    assert started(sys.executable, cwd=tmp_path, flags=(*SCENES, "--resume")).wait(timeout=60) == 0
+    assert_same_numbers(tmp_path / "runs/shapes", never_stopped)
+
+@slow
+def test_a_stopped_job_of_two_processes_saves_its_step(tmp_path):
+    job = started(*TORCHRUN, cwd=tmp_path, flags=SCENES)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=60) != 0
+    assert 0 < clip.load_checkpoint(tmp_path / "runs/shapes")["step"] < 40
+
+def hidden(folder):
+    return [path for path in Path(folder).rglob(".*")]
+
+def test_a_run_killed_at_any_moment_ends_with_the_numbers_of_one_that_was_not(album):
+    kills, rng, folder = int(os.environ.get("KILLS", 4)), random.Random(0), album.parent
+    flags = (*TOY, "--data", "photos", "--epochs", "6", "--out")
+    start = started(sys.executable, cwd=folder, flags=(*flags, "whole"), until="ready")
+    begin = time.perf_counter()
+    assert start.wait(timeout=60) == 0
+    seconds = time.perf_counter() - begin                   # of decoding, steps, checkpoints and drawing
+    for kill in range(kills):
+        if kill % 3 == 0:
+            shutil.rmtree("killed", ignore_errors=True)
+            shutil.rmtree("cache")
+        run = started(sys.executable, cwd=folder, flags=(*flags, "killed", "--resume"), until="ready")
+        time.sleep(rng.uniform(0, seconds))
+        run.kill()
+        run.wait()
+        if kill % 3 == 2 or kill + 1 == kills:
+            done = started(sys.executable, cwd=folder, flags=(*flags, "killed", "--resume"))
+            assert done.wait(timeout=60) == 0
+            assert_same_numbers("killed", "whole")
+            assert hidden("killed") == hidden("cache") == []
+
+def test_two_runs_at_once_share_the_store(album):
+    runs = [subprocess.Popen([sys.executable, HERE / "clip.py", *TOY, "--data", "photos", "--out", out],
+                             stdout=subprocess.DEVNULL) for out in ("a", "b")]
+    assert [run.wait(timeout=100) for run in runs] == [0, 0]
+    assert len(list(Path("cache").iterdir())) == 3 and hidden("cache") == []        # train, val, test
+    assert_same_numbers("a", "b")
+
+@pytest.mark.parametrize("size, file", [(100_000, "cache/"), (2_000_000, "runs/photos/checkpoint.pt")])
+def test_a_disk_that_is_full_is_one_line_and_leaves_nothing_half_written(size, file, album):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))     # of each file
+    done = subprocess.run([sys.executable, HERE / "clip.py", *TOY, "--data", "photos"], preexec_fn=limit,
+                          capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert f"error: can't write {file}" in done.stderr.splitlines()[-1]
+    assert hidden("cache") + hidden("runs" if Path("runs").exists() else "cache") == []
+    assert not Path("runs/photos/checkpoint.pt").exists()
+
+@slow
+def test_two_hundred_epochs_leave_memory_and_open_files_as_they_were(monkeypatch, tmp_path, capsys):
+    evaluate, memory, files = clip.evaluate, [], []
+
+    def measured(*arguments):
+        memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+        files.append(len(os.listdir("/proc/self/fd")))
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(clip, "evaluate", measured)
+    monkeypatch.setattr(clip, "SAVE_SECONDS", 0)
+    assert train_shapes(monkeypatch, tmp_path, "--epochs", "200") == 0
+    lines = capsys.readouterr().out.splitlines()
+    print(f"{(memory[199] - memory[49]) / 2**20:.1f} MiB more after 200 epochs than after 50")
+    assert memory[199] - memory[49] < 20 * 2**20
+    assert len(set(files[:200])) == 1
+    assert len([line for line in lines if " step " in line]) == 40 and len(lines) < 260
+    assert max(map(len, lines)) < 150
+
+def trap_of_hugging_face(folder):
+    transformers.CLIPModel(transformers.CLIPConfig()).config.save_pretrained(folder)
+    torch.save({"logit_scale": Trap()}, folder / "pytorch_model.bin")
+
+def trap_of_peft(folder):
+    lora.save_adapter(adapted(), folder)
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save({"lora_A": Trap()}, folder / "adapter_model.bin")
+
+def trap_of_a_run(folder):
+    torch.save({"best": Trap(), "last": Trap(), "config": {}}, folder / "checkpoint.pt")
+
+def trap_of_a_tokenizer(folder):
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "Odd", "auto_map": {"AutoTokenizer": ["odd.Odd", None]}}))
+    (folder / "odd.py").write_text("open('ran', 'w')")
+
+TRAPS = {trap_of_hugging_face: CLIP.from_pretrained, trap_of_a_run: CLIP.from_pretrained,
+         trap_of_peft: lambda folder: lora.load_adapter(small_model(), folder),
+         trap_of_a_tokenizer: data.load_tokenizer}
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_a_file_that_would_run_code_is_refused_and_does_not(trap, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "odd").mkdir()
+    trap(tmp_path / "odd")
+    with pytest.raises(data.InputError):
+        TRAPS[trap](tmp_path / "odd")
+    assert not Path("ran").exists()
+    torch.save(Trap(), "careless")
+    torch.load("careless", weights_only=False)              # the trap works
+    assert Path("ran").exists()
+
+def test_odd_captions_and_photos_are_read(album):
+    images = json.loads((album / "dataset_flickr30k.json").read_text())
+    odd = ["word " * 100_000, "🐶🐕", "كلب يجري على العشب", "\u202e reversed", "a | b ,\n \"c\"", " "]
+    images["images"][2]["sentences"] = [{"raw": caption} for caption in odd * 9]
+    images["images"][3]["sentences"] = [{"raw": "a single one"}]
+    (album / "dataset_flickr30k.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(images).encode())
+    frames = [Image.new("RGB", (30, 40), colour) for colour in ("red", "blue")]
+    frames[0].save(album / "images/2.jpg", "GIF", save_all=True, append_images=frames[1:])
+    split = load(album)["train"]
+    assert sum(caption == "🐶🐕" for caption in split.captions) == 9
+    assert split.captions.count("a single one") == 1 and len(split.captions) == 80 * 5 + 45 - 9
+    assert split.lengths.max() == split.ids.shape[1] and split.lengths.min() >= 3
+    assert (split.photos[split.names.index("2.jpg")].float().mean((0, 1)) - torch.tensor([255.0, 0, 0])
+            ).abs().max() < 8                               # the first frame
+    assert split.pairs(0, 0, captions=4).shape == (80, 5)
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("lie", [b"\xff\xff\xff\xff", b"\x00\x00\x00\x00"], ids=["65535 x 65535", "0 x 0"])
+def test_a_jpeg_whose_header_lies_about_its_size_is_refused(lie, tmp_path):
+    Image.new("RGB", (60, 40)).save(tmp_path / "1.jpg")
+    content = bytearray((tmp_path / "1.jpg").read_bytes())
+    at = content.index(b"\xff\xc0") + 5
+    assert content[at:at + 4] == bytes([0, 40, 0, 60])
+    content[at:at + 4] = lie
+    (tmp_path / "1.jpg").write_bytes(content)
+    with pytest.raises(Exception, match="exceeds limit|cannot identify"):
+        data.load_photo(tmp_path / "1.jpg", 16)
+
+def test_a_photo_of_200_megapixels_is_refused(tmp_path):
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "1.png")
+    with pytest.raises(Image.DecompressionBombError):
+        data.load_photo(tmp_path / "1.png", 16)
 
 def test_patch_dropout_shows_half_of_the_patches_in_training_and_all_in_evaluation():
     model, pixels = small_model(), photos(3)
@@ -1623,7 +1802,7 @@ BAD = {
                             "--data bad", "this line is not"),
     "captions in UTF-16": (lambda: written("bad/results.csv", "a| b| c\n1.jpg| 0| a dog".encode("utf-16")),
                            "--data bad", "can't be read"),
-    "captions in Latin-1": (lambda: written("bad/captions.txt", "image,caption\n1.jpg,café\n".encode("latin-1")),
+    "captions in Latin-1": (lambda: written("bad/captions.txt", b"image,caption\n1.jpg,caf\xe9\n"),
                             "--data bad", "can't be read"),
     "a comma without quotes": (lambda: written("bad/captions.txt", "image,caption\n1.jpg,a dog, two cats\n"),
                                "--data bad", "more or fewer cells"),
