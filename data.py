@@ -73,7 +73,6 @@ def remove(path):
 @contextmanager
 def atomic(path):
     """Yields a temporary path to write; at the end of the block it becomes `path`, after an error it goes."""
-    path = Path(path)
     tail = f"@{platform.node()}.{path.name}"
     for left in path.parent.glob(f".*{tail}"):              # perhaps by a process that was killed
         if Path("/proc").exists() and not Path("/proc", left.name[1:].split("@")[0]).exists():
@@ -216,8 +215,7 @@ def build_store(store, photos, size):
             decoded = pool.map(decode, photos.values())     # threads do: PIL lets go of Python's lock
             for name, photo in zip(tqdm(photos, "decoding", mininterval=1), decoded):
                 (broken if photo is None else names).append(name)
-                if photo is not None:
-                    file.write(photo)
+                file.write(b"" if photo is None else photo)
         if len(broken) > 0.01 * len(photos):
             raise InputError(f"{len(broken)} of {len(photos)} photos are missing or broken, as {broken[0]}")
         (temporary / "names.json").write_text(json.dumps(names))
@@ -232,9 +230,12 @@ def photo_store(photos, size, cache):
     store = Path(cache) / hashlib.sha256(json.dumps([size, stats]).encode()).hexdigest()[:16]
     if not store.exists():
         build_store(store, photos, size)
-    names = json.loads((store / "names.json").read_text())
-    shape = len(names), size, size, 3       # mode "c", a copy: torch warns of memory that can't be written
-    return names, np.memmap(store / "photos.uint8", np.uint8, mode="c", shape=shape)
+    try:
+        names = json.loads((store / "names.json").read_text())
+        shape = len(names), size, size, 3   # mode "c", a copy: torch warns of memory that can't be written
+        return names, np.memmap(store / "photos.uint8", np.uint8, mode="c", shape=shape)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{store} is damaged: delete it, and it is made again ({error!r:.90})") from error
 
 # --- Two drawn worlds ------------------------------------------------------------------------------------
 
@@ -382,8 +383,7 @@ class Split:
             self.photos = self.photos.to(device)
 
     def take(self, rows, device):
-        """Photos `rows` on the device, uint8 (len(rows), S, S, 3)."""
-        # Without non_blocking a copy to the GPU waits until that has done all it was asked to do before.
+        """Photos `rows` on the device, uint8 (len(rows), S, S, 3), without waiting for a GPU to be done."""
         return self.photos[rows.to(self.photos.device, non_blocking=True)].to(device)
 
     def tokens(self, rows, device):

@@ -54,6 +54,8 @@ def read_released(cls, name_or_dir):
                            text.max_position_embeddings, eos_token_id, released.config.projection_dim,
                            text.hidden_act, causal=True))
     model.load_state_dict(released.state_dict())
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise InputError(f"{name_or_dir} holds NaN or infinity: fetch or train it again")
     model.source = name_or_dir
     return model.eval()
 
@@ -146,13 +148,9 @@ def own_data(run_dir, config):
     splits, _ = data.load(name, tokenizer, config.image_size, config.max_position_embeddings)
     return {f"{Path(name).name} val": splits["val"]}
 
-def recall_at_1(row):
-    """The mean of both directions, in percent."""
-    return (row["t2i_r1"] + row["i2t_r1"]) / 2
-
 def study(base, args, splits, judged, zero_shot):
-    """Trains every variant with every seed: rows of the table, histories {variant: [one for each seed]}."""
-    rows, histories = [], {}
+    """Trains every variant with every seed: a row of the table for each."""
+    rows = []
     for seed in range(args.seed, args.seed + args.seeds):
         for r in args.r:
             model, history = adapt(base, r, seed, splits, zero_shot["val"], args)
@@ -163,11 +161,10 @@ def study(base, args, splits, judged, zero_shot):
                 print(f"{name_of(r):12s}{name:12s}{describe(evaluation)}", flush=True)
                 row |= {f"{name} {key}": value for key, value in evaluation.items()}
             rows.append(row)
-            histories.setdefault(name_of(r), []).append(history)
             if r:
                 check_merge(model, splits["val"])
             del model                                       # compile_parts frees its memory
-    return rows, histories
+    return rows
 
 def table(rows, judged):
     """The rows as text: one line for each variant, mean and, over several seeds, +- standard deviation."""
@@ -256,26 +253,21 @@ def draw_retrieval(path, model, split):
     with data.atomic(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png")
 
-def draw_study(path, rows, histories, zero_shot):
-    """Validation loss and R@1: by epoch, and their best against the parameters that were trained."""
+def draw_study(path, zero_shot, rows):
+    """Lowest validation loss and R@1 against the parameters that were trained: a point for each seed."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    trained = {row["variant"]: row["trainable"] for row in rows}
-    kinds = ((lambda row: row["loss"], min, "validation loss, groups of 64"),
-             (recall_at_1, max, "R@1, mean of both directions, %"))
-    for (left, right), (value, best, label) in zip(figure.subplots(2, 2), kinds):
-        for i, (variant, seeds) in enumerate(histories.items()):
-            for history in seeds:
-                left.plot([0, *(row["epoch"] for row in history)],
-                          [value(zero_shot), *map(value, history)], "o-", ms=3, color=f"C{i}",
-                          label=variant if history is seeds[0] else None)
-                right.plot(trained[variant], best(map(value, history)), "o", color=f"C{i}")
-        for axes, xlabel in ((left, "epoch"), (right, "trained parameters")):
-            axes.axhline(value(zero_shot), color="grey", ls="--", label="zero-shot")
-            axes.set(xlabel=xlabel, ylabel=label, yscale="log" if best is min else "linear")
-            axes.grid(alpha=0.3)
-        right.set_xscale("log")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=8)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    kinds = ((lambda row: row["lowest val loss"], "lowest validation loss, groups of 64", "log"),
+             (lambda row: (row["val t2i_r1"] + row["val i2t_r1"]) / 2, "R@1, mean of both ways, %", "linear"))
+    for axes, (value, label, yscale) in zip(figure.subplots(1, 2), kinds):
+        for variant in dict.fromkeys(row["variant"] for row in rows):
+            same = [row for row in rows if row["variant"] == variant]
+            trained = [row["trainable"] for row in same]
+            axes.plot(trained, list(map(value, same)), "o", alpha=0.7, label=variant)
+        axes.axhline(value(zero_shot), color="grey", ls="--", label="zero-shot")
+        axes.set(xlabel="trained parameters", ylabel=label, xscale="log", yscale=yscale)
+        axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=8)
     with data.atomic(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
 
@@ -329,7 +321,7 @@ def run(args):
     for name, row in zero_shot.items():
         print(f"{'zero-shot':12s}{name:12s}{describe(row)}", flush=True)
     base.cpu()                                              # a GPU holds the copy that trains, and no other
-    rows, histories = study(base, args, splits, judged, zero_shot)
+    rows = study(base, args, splits, judged, zero_shot)
     if clip.RANK:
         return                                              # process 0 writes for all
     first = {"variant": "zero-shot", "seed": "", "trainable": 0, "minutes": 0.0,
@@ -339,7 +331,7 @@ def run(args):
         writer = csv.DictWriter(file, first)
         writer.writeheader()
         writer.writerows([first, *rows])
-    draw_study(args.out / "study.png", rows, histories, zero_shot["val"])
+    draw_study(args.out / "study.png", first, rows)
     print(f"\n{table([first, *rows], judged)}\ndone      {args.out}")
 
 def main(argv=None):
