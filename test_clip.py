@@ -1975,6 +1975,12 @@ def test_the_readmes_python_runs(study_folder):
     for block in blocks:
         exec(block, {})
 
+def test_every_link_of_the_readme_leads_to_the_line_that_it_quotes():
+    links = re.findall(r"\[`([^`]+)`\]\((\w+\.py)#L(\d+)\)", README)
+    assert len(links) == len(re.findall(r"\.py#L", README)) >= 18
+    for code, file, line in links:
+        assert code in (HERE / file).read_text().splitlines()[int(line) - 1], (file, line, code)
+
 def test_the_readme_counts_the_bad_inputs():
     assert f"{len(BAD) + len(BAD_STUDY) + len(BAD_LORA)} rows of three tables" in README
     assert f"| {len(BAD_TENSORS)} calls |" in README
