@@ -1,13 +1,13 @@
 """CLIP in one file: two transformers that learn to put a photo and its caption at the same place.
 
-    python clip.py --data shapes     drawn scenes, nothing downloaded: under 3 minutes on two CPU cores
+    python clip.py --data shapes     drawn scenes, nothing downloaded: about a minute on two CPU cores
     python clip.py --epochs 55       ViT-B/16 from scratch on Flickr30k, on a GPU
 
 The paper is Radford et al. 2021, Learning Transferable Visual Models From Natural Language Supervision,
 arXiv:2103.00020. Module names are those of Hugging Face's CLIPModel, so that released weights load unchanged.
 
-Shapes: B photos in a batch, V crops and K captions of each, S x S pixels, T tokens (or patches plus one), C
-channels of a tower, H heads, D = C / H channels of a head, P x P pixels of a patch, E shared channels.
+Shapes: N photos, M captions of a split; B photos in a batch, V crops and K captions of each, S x S pixels, T
+tokens (patches plus one), C channels of a tower, H heads, D = C / H, P x P pixels a patch, E shared channels.
 """
 import argparse
 import atexit
@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from itertools import combinations, product
 from pathlib import Path
 
@@ -45,9 +46,9 @@ class TowerConfig:
 
 @dataclass
 class CLIPConfig:
-    """All that defines a CLIP. The defaults are ViT-B/16 as released, but for OpenAI's causal=True.
+    """All that defines a CLIP. The defaults are ViT-B/16 as released, except causal: OpenAI's is True.
     causal: False is a BERT-style text tower, in which every token sees the whole caption; True is one where a
-    token sees only what stands before it. hidden_act: "quick_gelu", or "gelu", which CPUs compute faster."""
+    token sees itself and what stands before it. hidden_act: "quick_gelu", or "gelu", faster on CPUs."""
     vision: TowerConfig = field(default_factory=lambda: TowerConfig(768, 12, 12, 3072))
     text: TowerConfig = field(default_factory=lambda: TowerConfig(512, 12, 8, 2048))
     image_size: int = 224
@@ -68,7 +69,7 @@ PRESETS = {
 class Attention(nn.Module):
     """Multi-head self-attention: softmax(Q K^T / sqrt(D)) V in each of H heads (Vaswani et al. 2017, eq. 1).
 
-    x (B, T, C) to (B, T, C). Row t of the softmax says how much token t takes from every other token. Where
+    x (B, T, C) to (B, T, C). Row t of the softmax says how much token t takes from each token. Where
     `mask`, of a shape that broadcasts to (B, H, T, T), is False, Q K^T is set to minus infinity: weight 0.
     """
     def __init__(self, config):
@@ -161,7 +162,7 @@ class VisionEmbeddings(nn.Module):
             kept = kept[:, :max(1, round(x.shape[1] * (1 - self.patch_dropout)))]       # (B, T' - 1)
             x = x.gather(1, kept[:, :, None].expand(-1, -1, x.shape[2]))                # (B, T' - 1, C)
         class_token = self.class_embedding + self.position_embedding.weight[0]
-        return torch.cat([class_token.expand(B, 1, -1), x], dim=1)                      # (B, T, C)
+        return torch.cat([class_token.expand(B, 1, -1), x], dim=1)                      # (B, T or T', C)
 
 class VisionTransformer(nn.Module):
     """ViT (Dosovitskiy et al. 2020, arXiv:2010.11929): photos (B, 3, S, S) to pooled features (B, C)."""
@@ -189,7 +190,7 @@ class TextEmbeddings(nn.Module):
         self.word_dropout = 0.0                             # share of the tokens that training replaces
 
     def forward(self, ids):
-        if self.training and self.word_dropout:     # else few captions are learnt by heart; markers go too
+        if self.training and self.word_dropout:     # without it few captions are learnt by heart
             kept = torch.rand(ids.shape, device=ids.device) >= self.word_dropout
             ids = ids.where(kept, torch.randint_like(ids, self.token_embedding.num_embeddings))
         return self.token_embedding(ids) + self.position_embedding.weight[:ids.shape[1]]
@@ -222,13 +223,13 @@ class TextTransformer(nn.Module):
 @torch.no_grad()
 def init_weights(model):
     """In place: norms 1, biases 0, the rest normal with the scales of openai/CLIP's text tower (model.py:
-    initialize_parameters), for both. Hugging Face gives q, k and v the smaller one that is out_proj's."""
+    initialize_parameters), for both. Hugging Face gives q, k, v the smaller one, out_proj's here."""
     for tower, config in ((model.vision_model, model.config.vision), (model.text_model, model.config.text)):
-        width = config.hidden_size ** -0.5
+        inner = config.hidden_size ** -0.5
         # 2 L layers add to the residual stream; this keeps its variance from growing with depth (GPT-2).
-        residual = width * (2 * config.num_hidden_layers) ** -0.5
-        std = {"q_proj": width, "k_proj": width, "v_proj": width, "out_proj": residual,
-               "fc1": (2 * config.hidden_size) ** -0.5, "fc2": residual}
+        outer = inner * (2 * config.num_hidden_layers) ** -0.5
+        std = {"q_proj": inner, "k_proj": inner, "v_proj": inner, "out_proj": outer,
+               "fc1": (2 * config.hidden_size) ** -0.5, "fc2": outer}
         for name, module in tower.encoder.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=std[name.split(".")[-1]])
@@ -236,7 +237,7 @@ def init_weights(model):
     vision, text = model.vision_model.embeddings, model.text_model.embeddings
     nn.init.normal_(vision.class_embedding, std=model.config.vision.hidden_size ** -0.5)
     nn.init.normal_(vision.position_embedding.weight, std=model.config.vision.hidden_size ** -0.5)
-    # Ours: a patch starts as strong as a position, which 1 / sqrt(fan in) alone would drown.
+    # Ours: a patch starts as strong as a position. A std of 1 / sqrt(fan in) would drown the positions.
     fan_in = 3 * model.config.patch_size ** 2
     nn.init.normal_(vision.patch_embedding.weight, std=(fan_in * model.config.vision.hidden_size) ** -0.5)
     nn.init.normal_(text.token_embedding.weight, std=0.02)
@@ -270,7 +271,7 @@ def load_checkpoint(run_dir):
         raise InputError(f"{path} is missing, damaged or no checkpoint ({error!r:.90})") from error
 
 class CLIP(nn.Module):
-    """Two towers and a temperature; `forward` is figure 3 of the paper."""
+    """Two towers and a temperature; `forward`, then contrastive_loss, are figure 3 of the paper."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -290,7 +291,7 @@ class CLIP(nn.Module):
     def encode_text(self, ids):
         """Token ids (B, T) to unit vectors (B, E) in fp32. A row that has no end is read at its start."""
         expect("ids", ids, "int", "B", "T")
-        expect("ids", ids, "int", "B", min(ids.shape[1], self.config.max_position_embeddings))
+        expect("ids", ids, "int", "B", min(ids.shape[1], self.config.max_position_embeddings))      # T <= 77
         return F.normalize(self.text_projection(self.text_model(ids)).float(), dim=-1)
 
     def similarity(self, image_embeds, text_embeds):
@@ -379,7 +380,7 @@ def autocast(device):
 
 @torch.no_grad()
 def embed(model, split, batch_size=250):
-    """All photos and captions of a split, embedded in eval mode: (N, E) and (C, E), on the model's device."""
+    """All photos and captions of a split, embedded in eval mode: (N, E) and (M, E), on the model's device."""
     device, training = model.logit_scale.device, model.training
     model.eval()
     with autocast(device), torch.compiler.set_stance("force_eager"):       # or eval mode would compile anew
@@ -400,9 +401,9 @@ def evaluate(model, split):
     images, texts = embed(model, split)
     owner = split.owner.to(images.device)
     first, count = torch.searchsorted(owner, owner.unique()), owner.bincount()          # (N,), (N,)
-    group = min(64, len(images))
-    losses = [contrastive_loss(model.similarity(a, b)) for turn in range(5) for a, b
-              in zip(images.split(group), texts[first + turn % count].split(group)) if len(a) == group]
+    size = min(64, len(images))
+    losses = [contrastive_loss(model.similarity(a, b)) for turn in range(5)
+              for a, b in zip(images.split(size), texts[first + turn % count].split(size)) if len(a) == size]
     recall = {name: 100 * value for name, value in recall_at_k(images @ texts.T, owner).items()}
     return {"loss": torch.stack(losses).mean().item(), **recall, "rsum": sum(recall.values())}
 
@@ -415,7 +416,7 @@ def describe(row):
 
 def make_optimizer(model, lr, weight_decay):
     """AdamW with OpenAI's betas. Decay pulls towards zero: a sensible prior for the matrices of Linears, not
-    for norms, biases, embeddings and the logit scale."""
+    for norms, biases, the logit scale and embeddings (the patches' too, by name), which the paper decays."""
     groups = [{"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": weight_decay}]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -432,8 +433,8 @@ def compile_parts(model):
     """torch.compile part by part: equal blocks once for each length of the captions. Then CUDA graphs."""
     gc.collect()                            # an earlier model's graphs, which hold one another in a cycle
     torch._dynamo.reset()
-    torch._dynamo.config.recompile_limit = 64
-    torch._inductor.config.fallback_random = True       # PyTorch's dropout draws four numbers at a time
+    torch._dynamo.config.recompile_limit = 64           # a version for each length of the captions
+    torch._inductor.config.fallback_random = True       # PyTorch's own dropout is the faster kernel
     for part in model.modules():
         if isinstance(part, (VisionEmbeddings, Block)):
             part.compile(dynamic=False)
@@ -486,19 +487,18 @@ def backward(model, encode, micro_batches):
     with torch.set_grad_enabled(micro_batches == 1):
         embeds = [encode(i) for i in range(micro_batches)]
     image_embeds, text_embeds = (gather(torch.cat(part)).requires_grad_() for part in zip(*embeds))
-    loss, first = multiview_loss(model, image_embeds, text_embeds)
+    loss, pair_loss = multiview_loss(model, image_embeds, text_embeds)
     loss.backward()
     sizes = [len(images) for images, _ in embeds]
     own = (x.grad.chunk(WORLD_SIZE)[RANK].split(sizes) for x in (image_embeds, text_embeds))
-    for i, part in enumerate(zip(*own)):            # a sum with these gradients, one tower or both
-        sum((x * g).sum() for x, g in zip(encode(i) if micro_batches > 1 else embeds[i], part)).backward()
-    if WORLD_SIZE > 1:
-        # Each process has the gradient of its own pairs. That of the scale, from all logits, is whole.
+    for i, grads in enumerate(zip(*own)):           # the gradient of sum(x g) is g dx: the chain rule
+        sum((x * g).sum() for x, g in zip(encode(i) if micro_batches > 1 else embeds[i], grads)).backward()
+    if WORLD_SIZE > 1:          # each process has the gradient of its own pairs, but of the scale the whole
         for p in filter(lambda p: p.grad is not None and p is not model.logit_scale, model.parameters()):
             dist.all_reduce(p.grad)
-    return first.detach()
+    return pair_loss.detach()
 
-SAVE_SECONDS = 20   # at least from one checkpoint to the next: else short epochs would wait for the disk
+SAVE_SECONDS = 20   # least time between checkpoints: a kill loses at most this and the epoch after it
 FREE = ("resume", "device", "compile", "micro_batch", "out")        # flags that a resumed run may change
 
 def train(model, splits, args, run_dir):
@@ -511,7 +511,7 @@ def train(model, splits, args, run_dir):
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     flags = {name: str(value) for name, value in vars(args).items() if name not in FREE}
     history, best, seconds, saved = [], None, 0.0, time.perf_counter()
-    first, total = 0, torch.zeros((), device=args.device)       # the epoch's first step here, its losses' sum
+    done, total = 0, torch.zeros((), device=args.device)    # steps of an epoch before a stop, losses' sum
     model.vision_model.embeddings.patch_dropout = args.patch_dropout
     model.text_model.embeddings.word_dropout = args.word_dropout
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -530,15 +530,15 @@ def train(model, splits, args, run_dir):
         model.load_state_dict(state["last"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         history, best, seconds = state["history"], state["best"], state["seconds"]
-        first, total = state["step"] % steps_per_epoch, total + state["total"]
+        done, total = state["step"] % steps_per_epoch, total + state["total"]
         print(f"resumed   after epoch {len(history)}, step {state['step']} of {steps}")
     if args.compile:
         compile_parts(model)
     model.train()
-    data.patience = math.inf if RANK else 1                     # process 0 saves, then ends the job
+    data.patience = math.inf if RANK else 1     # a first stop waits for the end of a step; process 0 decides
     for epoch in range(len(history), args.epochs):
         pairs, start = split.pairs(args.seed, epoch, args.captions), time.perf_counter()        # (N, 1 + K)
-        for i in range(first, steps_per_epoch):
+        for i in range(done, steps_per_epoch):
             step = epoch * steps_per_epoch + i
             batch = pairs[i * args.batch_size:(i + 1) * args.batch_size]                # (B, 1 + K)
             parts = batch.chunk(WORLD_SIZE)[RANK].split(args.micro_batch or len(batch))
@@ -554,7 +554,8 @@ def train(model, splits, args, run_dir):
             model.logit_scale.data.clamp_(max=math.log(100))        # the paper's bound (openai/CLIP #46)
             total += loss
             if (step + 1) % max(1, steps // 40) == 0:       # about 40 lines for a run of any length
-                shown, rate = loss.item(), (i + 1 - first) * args.batch_size / (time.perf_counter() - start)
+                shown = loss.item()                         # waits for the GPU, so before the clock
+                rate = (i + 1 - done) * args.batch_size / (time.perf_counter() - start)
                 print(f"epoch {epoch + 1:3d}/{args.epochs}  step {step + 1:6d}/{steps}  loss {shown:7.4f}  "
                       f"lr {lr:.2e}  scale {model.logit_scale.exp():6.2f}  {rate:6,.0f} pairs/s  "
                       f"ETA {(steps - step - 1) * args.batch_size / rate / 60:6.1f} min", flush=True)
@@ -565,7 +566,7 @@ def train(model, splits, args, run_dir):
         if not math.isfinite(train_loss + row["loss"]):
             raise InputError("the loss is not finite: start a new run with a lower --lr or a longer --warmup")
         seconds += time.perf_counter() - start
-        first, total = 0, torch.zeros_like(total)
+        done, total = 0, torch.zeros_like(total)
         history.append({"epoch": epoch + 1, "train_loss": train_loss, "lr": lr, **row,
                         "logit_scale": model.logit_scale.exp().item(), "minutes": seconds / 60})
         is_best = row["rsum"] > max((before["rsum"] for before in history[:-1]), default=-1)
@@ -589,7 +590,7 @@ def train(model, splits, args, run_dir):
 # --- The command -----------------------------------------------------------------------------------------
 
 # The drawn worlds' defaults: a small model for a small world, and one view, as nothing is cropped there.
-SHAPES = dict(model="tiny", tokenizer="train", epochs=9, batch_size=128, lr=1e-3, weight_decay=0.1,
+DRAWN_DEFAULTS = dict(model="tiny", tokenizer="train", epochs=9, batch_size=128, lr=1e-3, weight_decay=0.1,
               views=1, captions=1, patch_dropout=0.0, word_dropout=0.0)
 
 FLAGS = (       # of clip.py and finetune.py: name, default, least, most, help
@@ -599,8 +600,8 @@ FLAGS = (       # of clip.py and finetune.py: name, default, least, most, help
     ("lr", 5e-4, 0, 1e3, "peak learning rate"),
     ("weight-decay", 0.2, 0, 1e3, "AdamW's, on matrices only"),
     ("warmup", 0.1, 0, 1, "share of the steps in which lr rises"),
-    ("views", 4, 1, 1e3, "crops of a photo in a step: positives of its captions and of each other"),
-    ("captions", 4, 1, 1e3, "captions of a photo in a step, likewise"),
+    ("views", 4, 1, 1e3, "crops of a photo in a step, positives of each other (drawn scenes have 1)"),
+    ("captions", 4, 1, 1e3, "captions of a photo in a step, positives of its crops and of each other"),
     ("patch-dropout", 0.75, 0, 0.99, "share of a photo's patches that training leaves out"),
     ("word-dropout", 0.3, 0, 0.99, "share of a caption's tokens that training replaces by others"),
     ("seed", 0, 0, 1e9, "of weights, batches and crops"),
@@ -623,8 +624,7 @@ def add_shared_flags(parser):
 def checked(args):
     """The flags, with values that make sense. Joins the processes, where torchrun has started several."""
     for name, _, low, high, _ in FLAGS:
-        value = getattr(args, name.replace("-", "_"))
-        if not low <= value <= high:
+        if not low <= (value := getattr(args, name.replace("-", "_"))) <= high:
             raise InputError(f"--{name} {value} is not between {low} and {high:g}")
     if args.batch_size % WORLD_SIZE:
         raise InputError(f"--batch-size {args.batch_size} doesn't divide among {WORLD_SIZE} processes")
@@ -636,20 +636,20 @@ def checked(args):
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)                  # where graphs are recorded and processes meet
     if WORLD_SIZE > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo", timeout=timedelta(days=1))
         atexit.register(dist.destroy_process_group)
         sys.stdout = open(os.devnull, "w") if RANK else sys.stdout          # process 0 speaks for all
     return args
 
 def parse_args(argv):
-    parser = data.Parser(description=f"Train CLIP from scratch. Drawn worlds have the defaults {SHAPES}.",
+    parser = data.Parser(description=f"Train CLIP from scratch. Defaults of drawn worlds: {DRAWN_DEFAULTS}.",
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", choices=PRESETS, default="ViT-B/16", help="size")
     parser.add_argument("--text", choices=("bert", "causal"), default="bert", help="causal is OpenAI's")
     parser.add_argument("--tokenizer", default="openai/clip-vit-base-patch16", help="name, folder or `train`")
     add_shared_flags(parser)
     if parser.parse_known_args(argv)[0].data in data.DRAWN:
-        parser.set_defaults(**SHAPES)
+        parser.set_defaults(**DRAWN_DEFAULTS)
     args = checked(parser.parse_args(argv))
     args.out = args.out or Path("runs") / Path(args.data).resolve().name
     return args
@@ -679,7 +679,7 @@ def open_run(tokenizer, args):
             tokenizer.save_pretrained(temporary)
 
 def run(args):
-    import finetune                                         # reports and figures stand there
+    import finetune                                         # reports and figures; here, as it imports clip
     config, own = PRESETS[args.model], args.out / "tokenizer"
     tokenizer = own if args.resume and own.exists() else args.tokenizer     # "train" would train another one
     splits, tokenizer = load_data(args, tokenizer, config)

@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"{message}; --help lists the flags")
 
-stops, patience = [], 0     # signals that came to end a command; of these so many wait for the end of a step
+stops, patience = [], 0     # stop signals that came, and how many of them wait for the end of a step
 
 def command(argv, parse_args, run):
     """Runs a command and returns its exit code: bad input, or an OSError, is one line on stderr and 2; Ctrl-C
@@ -57,7 +57,7 @@ def command(argv, parse_args, run):
     except RuntimeError as error:                           # a full GPU, or another process of the job ended
         if not isinstance(error, torch.OutOfMemoryError) and "RANK" not in os.environ:
             raise
-        print(f"error: {str(error).splitlines()[0]}; --resume goes on with the run", file=sys.stderr)
+        print(f"error: {str(error).splitlines()[0]}; try --resume, a smaller --micro-batch", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped: the same command with --resume goes on from what was saved", file=sys.stderr)
@@ -128,8 +128,8 @@ def read_captions(folder):
     """The captions file of a folder (or one folder deeper), read: (path, {name: (split, captions)}). Where it
     has no split, a photo's own name decides, 1 in 20 each to val and test: file order doesn't matter, and
     adding photos moves none. Raises InputError where there is no file or it can't be read."""
-    found = [(path, pattern) for pattern in READERS for depth in ("", "*/")
-             for path in sorted(Path(folder).glob(depth + pattern))]
+    found = [(path, pattern) for pattern in READERS for depth in ("", "*/") for path in sorted(
+             Path(folder).glob(depth + pattern), key=lambda path: (path.stem[8:] not in str(folder), path))]
     if not found:
         wrong = "no captions in it or one folder deeper" if Path(folder).is_dir() else "no such folder"
         raise InputError(f"--data {folder}: {wrong}; looked for {', '.join(READERS)}")
@@ -146,7 +146,7 @@ def read_captions(folder):
         if split not in ("train", "restval", "val", "test"):
             raise InputError(f"{path} puts {name} into {split!r}, which is none of train, val and test")
         if sentences:
-            captions[name] = split.replace("restval", "train"), sentences      # Karpathy's name for more
+            captions[name] = split.replace("restval", "train"), sentences      # restval: more for training
     if not captions:
         raise InputError(f"{path} holds no captions")
     return path, captions
@@ -190,7 +190,7 @@ def load_photo(path, size):
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 def find_photos(captions_file, names):
-    """{name: path} of photos beside the captions file or one folder deeper; of missing ones, an idle path."""
+    """{name: path} of photos beside the captions file or one folder deeper; of missing ones, any."""
     if bad := next((name for name in names if Path(name).name != name), None):
         raise InputError(f"{captions_file} names the photo {bad!r}: give a file name without folders")
     folder = captions_file.parent
@@ -359,8 +359,8 @@ def tokenize(tokenizer, captions, context=77):
 
 @dataclass
 class Split:
-    """photos (N, S, S, 3) uint8; names N; captions C, in the order of the photos; owner (C,): the photo that
-    each caption describes; ids (C, context) int32; lengths (C,) of the captions, with both markers."""
+    """photos (N, S, S, 3) uint8; names N; captions M, in the order of the photos; owner (M,): the photo that
+    each caption describes; ids (M, context) int32; lengths (M,) of the captions, with both markers."""
     photos: torch.Tensor
     names: list
     captions: list

@@ -122,20 +122,20 @@ def adapt(base, r, seed, splits, zero_shot, args):
 
 # --- Zero-shot classification ----------------------------------------------------------------------------
 
-TEMPLATES = "a photo of a {}", "a photo of the {}", "a cropped photo of a {}", "a picture of a {} ."
+PROMPTS = "a photo of a {}", "a photo of the {}", "a cropped photo of a {}", "a picture of a {} ."
 
-def classify(model, tokenizer, folder, templates=TEMPLATES):
+def classify(model, tokenizer, folder, templates=PROMPTS):
     """Top-1 and top-5 accuracy, in percent, on photos folder/CLASS/* (`_` in CLASS is a space). InputError
     without any. A class is the mean of its name's embeddings over the templates (CLIP's paper, 3.1.4)."""
-    paths = {f"{path.parent.name}/{path.name}": path for path in sorted(Path(folder).glob("*/*"))}
+    paths = {f"{path.parent.name}/{path.name}": path for path in sorted(Path(folder).glob("*/[!.]*"))}
     if not paths:
         raise InputError(f"no photos in {folder}: each class is a folder there, with its photos")
     names, photos = data.photo_store(paths, model.config.image_size, "cache")
     classes = sorted({name.split("/")[0] for name in names})
-    words = [template.format(name.replace("_", " ")) for name in classes for template in templates]
-    split = data.make_split(names, photos, [words] + [[]] * (len(names) - 1), tokenizer,
-                            model.config.max_position_embeddings)
-    images, texts = embed(model, split)                                                 # (N, E), (words, E)
+    prompts = [template.format(name.replace("_", " ")) for name in classes for template in templates]
+    sentences = [prompts] + [[]] * (len(names) - 1)         # no photo's own: as the first one's
+    split = data.make_split(names, photos, sentences, tokenizer, model.config.max_position_embeddings)
+    images, texts = embed(model, split)                                                 # (N, E), (prompts, E)
     weights = texts.unflatten(0, (len(classes), -1)).mean(dim=1)                        # (classes, E)
     ranked = (images @ torch.nn.functional.normalize(weights, dim=1).T).argsort(dim=1, descending=True)
     right = torch.tensor([[classes.index(name.split("/")[0])] for name in names], device=ranked.device)
@@ -280,18 +280,18 @@ def draw_study(path, zero_shot, rows):
 # --- The command -----------------------------------------------------------------------------------------
 
 # For the drawn worlds these are the defaults: a small model takes larger steps.
-SKETCHES = dict(epochs=8, lr=5e-3, dropout=0.0)
+DRAWN_DEFAULTS = dict(epochs=8, lr=5e-3, dropout=0.0)
 
 def parse_args(argv):
-    parser = data.Parser(description=f"Adapt CLIP with LoRA. Drawn worlds have the defaults {SKETCHES}.",
+    parser = data.Parser(description=f"Adapt CLIP with LoRA. Defaults of drawn worlds: {DRAWN_DEFAULTS}.",
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("adapters")
     group.add_argument("--base", default="openai/clip-vit-base-patch16",
                        help="hub name, Hugging Face folder or run of clip.py")
     group.add_argument("--classify", metavar="FOLDER", help="zero-shot: which CLASS are FOLDER/CLASS/*?")
-    group.add_argument("--r", type=int, nargs="+", default=[], help="ranks, one after the other; none is 64")
+    group.add_argument("--r", type=int, nargs="+", default=[], help="ranks; none, nor --full, is 64")
     group.add_argument("--full", action="store_true", help="train all weights, with a tenth of --lr")
-    group.add_argument("--alpha", type=float, help="scale is alpha / r; None is 2 r, the study's")
+    group.add_argument("--alpha", type=float, help="scale is alpha / r; None is alpha = 2 r")
     group.add_argument("--dropout", type=float, default=0.1, help="of what goes into the adapters")
     group.add_argument("--targets", nargs="+", default=["q_proj", "k_proj", "v_proj"], help="adapted Linears")
     group.add_argument("--seeds", type=int, default=1, help="repeats, with --seed and the ones after it")
@@ -300,7 +300,7 @@ def parse_args(argv):
     parser.set_defaults(epochs=5, batch_size=64, lr=1e-4, weight_decay=0.1, views=1, captions=1,
                         patch_dropout=0.0, word_dropout=0.0)
     if parser.parse_known_args(argv)[0].data in data.DRAWN:
-        parser.set_defaults(**SKETCHES)
+        parser.set_defaults(**DRAWN_DEFAULTS)
     args = clip.checked(parser.parse_args(argv))
     if args.seeds < 1 or any(r < 1 for r in args.r):
         raise InputError("--r and --seeds take whole numbers, 1 at least")

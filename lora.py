@@ -98,8 +98,8 @@ def add_lora(model, r, alpha, dropout=0.0, targets=("q_proj", "k_proj", "v_proj"
 
 def trainable_parameters(model):
     """(trainable, all) parameters, as peft's get_nb_trainable_parameters counts them."""
-    counts = [(p.numel() * p.requires_grad, p.numel()) for p in model.parameters()]
-    return tuple(map(sum, zip(*counts)))
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 def set_strength(model, strength):
     """Turns the adapters down or up: 0 is the base, 1 what was trained. Raises InputError where merged."""
@@ -122,7 +122,7 @@ def merge(model):
     if not all(delta.isfinite().all() for delta in deltas):
         raise InputError("an adapter holds NaN or infinity: merging it would spoil the base model")
     for layer, delta in zip(layers, deltas):
-        layer.weight += delta
+        layer.weight.data = layer.weight + delta        # not +=, which a bf16 base would round
         layer.merged = True
 
 @torch.no_grad()
@@ -133,14 +133,14 @@ def unmerge(model):
     if not all(layer.merged for layer in layers):
         raise InputError("the adapters are not merged: there is nothing to take out")
     for layer in layers:
-        layer.weight -= layer.delta()
+        layer.weight.data = layer.weight - layer.delta()
         layer.merged = False
 
 # --- Files, as peft writes and reads them ----------------------------------------------------------------
 
 def save_adapter(model, folder, base=None):
     """Writes the adapters to `folder`: adapter_config.json and adapter_model.safetensors, which
-    peft.PeftModel.from_pretrained opens on a CLIPModel. base: the base model's name, for the record."""
+    peft.PeftModel.from_pretrained opens on a CLIPModel, at full strength. base: the name of its model."""
     layers, folder = adapters(model), Path(folder)
     first = next(iter(layers.values()))
     # Short names where they say the same: `q_proj` for all that are called so.

@@ -630,6 +630,16 @@ def test_the_study_trains_379_percent_at_r_64(r, trainable):
         assert round(4 * trainable / 1e6) == 24             # MB in fp32
 
 @torch.no_grad()
+def test_merging_into_a_bf16_base_does_not_round_the_adapter():
+    layer = lora.LoRALinear(torch.nn.Linear(20, 30), 4, 8)
+    layer.weight.data = layer.weight.data.bfloat16()
+    torch.nn.init.normal_(layer.lora_B, std=1e-4)
+    base, delta = layer.weight.clone(), layer.delta()
+    lora.merge(layer)
+    assert difference(layer.weight, base + delta) == 0 and layer.weight.dtype == torch.float32
+    lora.unmerge(layer)
+    assert difference(layer.weight, base.float()) < 1e-7
+
 def test_a_new_adapter_changes_nothing_exactly():
     model, pixels, ids = small_model(), photos(3), captions([3, 5, 9], 16)
     expected = model(pixels, ids)
@@ -803,6 +813,14 @@ def test_published_splits_are_kept_and_karpathys_file_wins(write, tmp_path):
     write(tmp_path)
     _, captions = data.read_captions(tmp_path)
     assert {name: split for name, (split, _) in captions.items()} == SPLIT
+
+def test_of_karpathys_three_files_the_one_named_like_the_folder_is_read(tmp_path):
+    folder = tmp_path / "flickr30k"
+    folder.mkdir()
+    karpathy(folder)
+    for other in ("coco", "flickr8k"):
+        (folder / f"dataset_{other}.json").write_text('{"images": []}')
+    assert data.read_captions(folder)[0].name == "dataset_flickr30k.json"
 
 def test_line_breaks_and_odd_separators_inside_a_caption_stay_inside_it(tmp_path):
     odd = 'a "dog", it\u2028runs\x85and\fbarks | loud\nand clear'
