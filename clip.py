@@ -17,8 +17,8 @@ import math
 import os
 import sys
 import time
+import zlib
 from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
 from itertools import combinations, product
 from pathlib import Path
 
@@ -75,8 +75,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.num_heads = config.num_attention_heads
-        # One Linear each, not one for all three, nor nn.MultiheadAttention, whose hidden in_proj weight LoRA
-        # can't replace: adapters then end up on out_proj alone, silently (peft #761).
+        # One Linear each: of nn.MultiheadAttention LoRA adapts out_proj alone, silently (peft #761).
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -91,8 +90,7 @@ class Attention(nn.Module):
         return self.out_proj(x.transpose(1, 2).reshape(B, T, C))
 
 def quick_gelu(x):
-    """x sigmoid(1.702 x), OpenAI's approximation of GELU. Weights trained with one lose accuracy with the
-    other and nothing complains (open_clip #771), so the choice is stored with the model."""
+    """OpenAI's GELU. Weights trained with one lose accuracy with the other, silently (open_clip #771)."""
     return x * torch.sigmoid(1.702 * x)
 
 ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
@@ -169,8 +167,7 @@ class VisionTransformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.embeddings = VisionEmbeddings(config)
-        # OpenAI's extra norm before the first block. The name lost an "e" in Hugging Face's first port and
-        # is now in every released checkpoint, so it can't be mended.
+        # OpenAI's extra norm. Hugging Face's name for it lost an "e", and is so in every released file.
         self.pre_layrnorm = nn.LayerNorm(config.vision.hidden_size)
         self.encoder = Encoder(config.vision, config.hidden_act)
         self.post_layernorm = nn.LayerNorm(config.vision.hidden_size)
@@ -206,8 +203,7 @@ class TextTransformer(nn.Module):
 
     def forward(self, ids):
         B, T = ids.shape
-        # The first end token. Padding repeats it, and argmax returns the first of equals. OpenAI's code says
-        # ids.argmax(), which is the same because the end token has the largest id (openai/CLIP #217).
+        # The first end token: padding repeats it, and argmax returns the first of equals (openai/CLIP #217).
         end = (ids == self.eos_token_id).int().argmax(dim=-1)                           # (B,)
         position = torch.arange(T, device=ids.device)
         if self.causal:
@@ -250,9 +246,10 @@ def init_weights(model):
 
 def expect(name, x, kind, *shape):
     """Raises ValueError unless x is a tensor of this kind and shape. A letter stands for any one size."""
-    fits, sizes = isinstance(x, torch.Tensor) and kind in str(x.dtype) and x.ndim == len(shape), {}
-    if not fits or any(size != sizes.setdefault(n, n if isinstance(n, int) else size)
-                       for n, size in zip(shape, x.shape)):
+    fits = isinstance(x, torch.Tensor) and x.ndim == len(shape) and (
+        x.is_floating_point() if kind == "float" else x.dtype in (torch.int32, torch.int64))
+    sizes = {n: n for n in shape if isinstance(n, int)}
+    if not fits or not all(size == sizes.setdefault(n, size) > 0 for n, size in zip(shape, x.shape)):
         raise ValueError(f"{name} is {getattr(x, 'dtype', type(x))} {[*getattr(x, 'shape', ())]}, where "
                          f"{kind} {[*shape]} is expected")
 
@@ -362,6 +359,8 @@ def recall_at_k(similarity, caption_owner, ks=(1, 5, 10)):
     expect("similarity", similarity, "float", "photos", "captions")
     expect("caption_owner", caption_owner, "int", similarity.shape[1])
     photos, captions = similarity.shape
+    if not 0 <= caption_owner.min() <= caption_owner.max() < photos:
+        raise ValueError(f"caption_owner names photos outside the {photos} of similarity")
     own = caption_owner == torch.arange(photos, device=similarity.device)[:, None]      # (photos, captions)
     right_photo = similarity[caption_owner, torch.arange(captions, device=similarity.device)]
     best_caption = similarity.masked_fill(~own, -torch.inf).amax(dim=1)
@@ -394,10 +393,9 @@ def embed(model, split, batch_size=250):
 @torch.no_grad()
 def evaluate(model, split):
     """The loss of a split and its recalls in percent: {"loss", "t2i_r1", "t2i_r5", ..., "i2t_r10", "rsum"}.
-    The loss is over fixed groups of 64 photos (of all, if fewer; whole groups only), five times with another
-    caption of each, so that it compares across batch sizes: chance is ln 64 = 4.159. rsum, the sum of the six
-    recalls, picks the best epoch, and not the loss: that also measures how sure the model is, and rises from
-    overconfidence while recall still rises (open_clip #811)."""
+    The loss is over whole groups of 64 photos (of all, if fewer), five times with another caption of each, so
+    that it compares across batch sizes: chance is ln 64 = 4.159. rsum, the sum of the six recalls, picks the
+    best epoch: the loss rises from overconfidence while recall still rises (open_clip #811)."""
     images, texts = embed(model, split)
     owner = split.owner.to(images.device)
     first, count = torch.searchsorted(owner, owner.unique()), owner.bincount()          # (N,), (N,)
@@ -510,6 +508,7 @@ def train(model, splits, args, run_dir):
     steps = args.epochs * steps_per_epoch
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     flags = {name: str(value) for name, value in vars(args).items() if name not in FREE}
+    flags["content"] = str(zlib.crc32(repr([(s.names, s.captions) for s in splits.values()]).encode()))
     history, best, seconds, saved = [], None, 0.0, time.perf_counter()
     done, total = 0, torch.zeros((), device=args.device)    # steps of an epoch before a stop, losses' sum
     model.vision_model.embeddings.patch_dropout = args.patch_dropout
@@ -524,9 +523,12 @@ def train(model, splits, args, run_dir):
             raise KeyboardInterrupt
     if args.resume and (run_dir / CHECKPOINT).exists():
         state = load_checkpoint(run_dir)
-        changed = [f"{name} was {old}" for name, old in state["flags"].items() if flags.get(name) != old]
-        if changed:
+        if changed := [f"{name} was {state['flags'].get(name)}" for name in flags
+                       if state["flags"].get(name) != flags[name]]:
             raise InputError(f"{run_dir} is another run ({', '.join(changed)}): --out DIR starts a new one")
+        sizes = [{n: w.shape for n, w in each.items()} for each in (trained, state["last"], state["best"])]
+        if not sizes[0] == sizes[1] == sizes[2]:
+            raise InputError(f"{run_dir} holds the weights of another model: --out DIR starts a new run")
         model.load_state_dict(state["last"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         history, best, seconds = state["history"], state["best"], state["seconds"]
@@ -609,9 +611,8 @@ FLAGS = (       # of clip.py and finetune.py: name, default, least, most, help
 
 def add_shared_flags(parser):
     """The flags that clip.py and finetune.py have in common."""
-    group = parser.add_argument_group("training")
     for name, default, _, _, words in FLAGS:
-        group.add_argument(f"--{name}", type=type(default), default=default, help=words)
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=words)
     group = parser.add_argument_group("run")
     group.add_argument("--data", type=os.path.normpath, default="flickr30k", metavar="DIR",
                        help="photos and captions, or `shapes`, `sketches`; flickr30k is fetched if missing")
@@ -636,7 +637,8 @@ def checked(args):
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)                  # where graphs are recorded and processes meet
     if WORLD_SIZE > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+        patience = 48 * dist.constants.default_pg_timeout               # a day: process 0 may fetch 4.4 GB
+        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo", timeout=patience)
         atexit.register(dist.destroy_process_group)
         sys.stdout = open(os.devnull, "w") if RANK else sys.stdout          # process 0 speaks for all
     return args
@@ -656,7 +658,7 @@ def parse_args(argv):
 
 def load_data(args, tokenizer, config):
     """What data.load gives for --data and a model's configuration, on the device where it fits."""
-    if [*args.out.glob(CHECKPOINT), *args.out.glob(f"*-seed*/{CHECKPOINT}")] and not args.resume:
+    if not args.resume and any((args.out / name).exists() for name in (CHECKPOINT, "tokenizer", "log.csv")):
         raise InputError(f"{args.out} holds a run: --resume goes on with it, --out DIR starts another")
     if RANK:
         dist.barrier()                                      # process 0 stores the photos, others find them
@@ -673,8 +675,6 @@ def open_run(tokenizer, args):
     """Makes the folder of a run, with the tokenizer in it."""
     if RANK == 0:
         args.out.mkdir(parents=True, exist_ok=True)
-        if not args.resume:
-            data.remove(args.out / "tokenizer")             # of a run that ended before its first checkpoint
         with data.atomic(args.out / "tokenizer") as temporary:
             tokenizer.save_pretrained(temporary)
 

@@ -17,6 +17,7 @@ import re
 import shutil
 import signal
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,15 +33,14 @@ class InputError(ValueError):
     """What the user gave can't be used. The message is one line: what is wrong, and what to do."""
 
 class Parser(argparse.ArgumentParser):
-    """Wrong flags end a command as all bad input does."""
-    def error(self, message):
+    def error(self, message):       # wrong flags end a command as all bad input does
         raise InputError(f"{message}; --help lists the flags")
 
 stops, patience = [], 0     # stop signals that came, and how many of them wait for the end of a step
 
 def command(argv, parse_args, run):
     """Runs a command and returns its exit code: bad input, or an OSError, is one line on stderr and 2; Ctrl-C
-    is one and 130, SIGTERM one and 143, as shells count them."""
+    is one and 130, SIGTERM one and 143. Warnings, the libraries' own, are shown with python -W default."""
     global stops, patience
     stops, patience = [], 0
     def stop(number, frame):
@@ -48,14 +48,16 @@ def command(argv, parse_args, run):
         if len(stops) > patience:
             raise KeyboardInterrupt
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
     try:
         run(parse_args(argv))
         return 0
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, OSError, UnicodeError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except RuntimeError as error:                           # a full GPU, or another process of the job ended
-        if not isinstance(error, torch.OutOfMemoryError) and "RANK" not in os.environ:
+        if not ("alloc" in str(error) or "RANK" in os.environ):
             raise
         print(f"error: {str(error).splitlines()[0]}; try --resume, a smaller --micro-batch", file=sys.stderr)
         return 2
@@ -74,16 +76,17 @@ def remove(path):
 def atomic(path):
     """Yields a temporary path to write; at the end of the block it becomes `path`, after an error it goes."""
     tail = f"@{platform.node()}.{path.name}"
-    for left in path.parent.glob(f".*{tail}"):              # perhaps by a process that was killed
-        if Path("/proc").exists() and not Path("/proc", left.name[1:].split("@")[0]).exists():
-            remove(left)
     temporary = path.with_name(f".{os.getpid()}{tail}")
+    for left in path.parent.glob(f".*{tail}"):              # of killed processes, perhaps of our own number
+        running = not Path("/proc").exists() or Path("/proc", left.name[1:].split("@")[0]).exists()
+        if left == temporary or not running:
+            remove(left)
     try:
         yield temporary
-        if not path.is_dir():                               # else another run has just built the same store
+        if not (path.is_dir() and temporary.is_dir()):      # else another run has just built the same store
             os.replace(temporary, path)
     except (OSError, RuntimeError) as error:                # torch says RuntimeError where the disk is full
-        raise InputError(f"can't write {path}, perhaps the disk is full ({error!r:.90})") from error
+        raise InputError(f"can't write {path}, is the disk full or read-only? ({error!r:.90})") from error
     finally:
         remove(temporary)
 
@@ -109,11 +112,12 @@ def read_hub(text):
 def read_kaggle(text):
     """Kaggle's results.csv: lines `name.jpg| 0| caption`. One line of the published file has lost its second
     bar (`2199200615.jpg| 4   A dog runs ...`), which this pattern forgives."""
-    for line in filter(str.strip, text.split("\n")[1:]):
+    for i, line in enumerate(filter(str.strip, text.split("\n"))):
         row = re.fullmatch(r"([^|]+)\|\s*\d+\s*\|?(.*)", line.strip())
-        if not row:
+        if row:
+            yield row[1].strip(), None, [row[2]]
+        elif i:                                             # line 0 is a header
             raise ValueError(f"this line is not `name.jpg| 0| caption`: {line[:60]!r}")
-        yield row[1].strip(), None, [row[2]]
 
 def read_flickr8k(text):
     """Flickr8k's captions.txt: a CSV with the header `image,caption`."""
@@ -125,9 +129,8 @@ READERS = {"dataset_*.json": read_karpathy, "flickr_annotations_30k.csv": read_h
            "results.csv": read_kaggle, "captions.txt": read_flickr8k}
 
 def read_captions(folder):
-    """The captions file of a folder (or one folder deeper), read: (path, {name: (split, captions)}). Where it
-    has no split, a photo's own name decides, 1 in 20 each to val and test: file order doesn't matter, and
-    adding photos moves none. Raises InputError where there is no file or it can't be read."""
+    """The captions file of a folder (or one folder deeper), read: (path, {name: (split, captions)}); else
+    InputError. Where it has no split, a photo's name alone decides, 1 in 20 each to val and test."""
     found = [(path, pattern) for pattern in READERS for depth in ("", "*/") for path in sorted(
              Path(folder).glob(depth + pattern), key=lambda path: (path.stem[8:] not in str(folder), path))]
     if not found:
@@ -138,7 +141,7 @@ def read_captions(folder):
         for name, split, sentences in READERS[pattern](path.read_text(encoding="utf-8-sig")):
             kept = (" ".join(sentence.split()) for sentence in sentences if sentence)
             photos.setdefault(str(name), (split, []))[1].extend(filter(None, kept))
-    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:
         raise InputError(f"{path} can't be read as a {pattern}: {error!r:.150}") from error
     for name, (split, sentences) in photos.items():
         if split is None:
@@ -152,8 +155,7 @@ def read_captions(folder):
     return path, captions
 
 def download(folder):
-    """Fetches Flickr30k from the Hugging Face hub into `folder`, which appears whole or not at all. What an
-    interrupted download has fetched stays in `<folder>.partial`, and the next one goes on from there."""
+    """Fetches Flickr30k into `folder`, which appears whole; till then it is `<folder>.partial`."""
     import zipfile
     from huggingface_hub import hf_hub_download
     print("Flickr30k: 4.4 GB from the Hugging Face hub (nlphuji/flickr30k). The photos belong to their\n"
@@ -178,6 +180,8 @@ def load_photo(path, size):
     """A file to (size, size, 3) uint8: the shorter side resized to `size` with PIL's bicubic filter, then the
     middle cut out. For upright RGB photos that is CLIPImageProcessor with PIL, bit for bit."""
     with Image.open(path) as image:
+        if image.mode[0] in "IF":
+            raise ValueError("more than 8 bits a channel, which PIL would cut to white")
         image = ImageOps.exif_transpose(image)
         if image.has_transparency_data:                     # what shows through is white, as on a page
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -206,7 +210,7 @@ def build_store(store, photos, size):
     names, broken = [], []
     def decode(path):
         try:
-            return load_photo(path, size)
+            return load_photo(path, size) if path.is_file() else None       # no pipe, which never ends
         except Exception:                                   # PIL raises almost anything on a damaged file
             return None
     with atomic(store) as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -223,8 +227,8 @@ def build_store(store, photos, size):
         print(f"warning: left out, missing or not to be read: {', '.join(broken)}", file=sys.stderr)
 
 def photo_store(photos, size, cache):
-    """Photos {name: path} as (names, uint8 (N, size, size, 3)), memory-mapped. Reused as long as the names,
-    the files' sizes and times and `size` are the same: their hash names the folder in `cache`."""
+    """Photos {name: path} as (names, uint8 (N, size, size, 3)), memory-mapped, in memory writable for torch.
+    Reused while names, the files' sizes and times, and `size` are the same: the hash is its folder's name."""
     stats = [(name, os.path.isfile(path) and (os.path.getsize(path), os.stat(path).st_mtime_ns))
              for name, path in photos.items()]
     store = Path(cache) / hashlib.sha256(json.dumps([size, stats]).encode()).hexdigest()[:16]
@@ -232,8 +236,7 @@ def photo_store(photos, size, cache):
         build_store(store, photos, size)
     try:
         names = json.loads((store / "names.json").read_text())
-        shape = len(names), size, size, 3   # mode "c", a copy: torch warns of memory that can't be written
-        return names, np.memmap(store / "photos.uint8", np.uint8, mode="c", shape=shape)
+        return names, np.memmap(store / "photos.uint8", np.uint8, mode="c", shape=(len(names), size, size, 3))
     except (OSError, ValueError) as error:
         raise InputError(f"{store} is damaged: delete it, and it is made again ({error!r:.90})") from error
 
@@ -295,8 +298,7 @@ def draw(scene, side, rng, sketch=False):
     return np.asarray(image.reduce(4))
 
 def captions_of(scene, rng, sketch=False):
-    """Five captions of a scene, its objects in an order that `rng` draws. All of them are complete: they name
-    both objects, the background, and two places or a place and a relation, which says as much."""
+    """Five captions of a scene, its objects in an order that `rng` draws. Each of them says everything."""
     *objects, ground = scene
     captions = []
     for template in TEMPLATES:
@@ -310,8 +312,7 @@ def captions_of(scene, rng, sketch=False):
     return captions
 
 def load_drawn(sizes, side, sketch=False, seed=0):
-    """Splits of a drawn world, `side` pixels large: sizes {split: number of scenes}. Returns for each split
-    (names, photos, sentences of each). Scene i is what (seed, i) says, whatever the sizes."""
+    """For each split of a drawn world, of sizes {split: scenes}: (names, photos, sentences of each)."""
     splits, index = {}, itertools.count()
     for split, count in sizes.items():
         rows = []
@@ -387,8 +388,7 @@ class Split:
         return self.photos[rows.to(self.photos.device, non_blocking=True)].to(device)
 
     def tokens(self, rows, device):
-        """Ids of captions `rows`, (len(rows), T) int32, cut to the longest of them rounded up to a multiple
-        of 8: a compiled model is compiled again for every length that it meets."""
+        """Ids of captions `rows`, (len(rows), T) int32. T is a multiple of 8: each is compiled anew."""
         longest = -(-int(self.lengths[rows].max()) // 8) * 8
         return self.ids[rows, :longest].to(device, non_blocking=True)
 

@@ -108,8 +108,8 @@ def adapt(base, r, seed, splits, zero_shot, args):
     trainable, everything = lora.trainable_parameters(model)
     print(f"\n{name_of(r)}, seed {seed}: {trainable:,} of {everything:,} parameters train, "
           f"{100 * trainable / everything:.2f} %")
-    # All weights at once take smaller steps: 1e-5 where adapters take 1e-4, as in parse_args.
-    flags = argparse.Namespace(**vars(args) | dict(seed=seed, lr=args.lr if r else args.lr / 10, out=folder))
+    lr, start = args.lr if r else args.lr / 10, round(zero_shot["loss"], 3)     # all weights: smaller steps
+    flags = argparse.Namespace(**vars(args) | dict(seed=seed, lr=lr, out=folder, zero_shot_loss=start))
     if not r:                                               # then CLIP.load opens the folder
         clip.open_run(data.load_tokenizer(model.source), flags)
     history = clip.train(model, splits, flags, folder)

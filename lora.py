@@ -194,7 +194,7 @@ def load_adapter(model, folder):
     if wrong := sorted(dict(found.items() ^ shapes.items())):
         raise InputError(f"{folder} doesn't fit this model: {wrong[0]} is {found.get(wrong[0], 'missing')} "
                          f"where {shapes.get(wrong[0], 'nothing')} fits")
-    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+    if bad := [name for name, tensor in tensors.items() if not tensor.float().isfinite().all()]:
         raise InputError(f"{folder} holds NaN or infinity in {bad[0]}")
     add_lora(model, r, alpha, dropout, targets, bool(config.get("use_rslora")))
     model.load_state_dict(tensors, strict=False)
