@@ -1496,7 +1496,8 @@ def never_stopped(tmp_path_factory):
     assert started(sys.executable, cwd=folder, flags=SCENES).wait(timeout=100) == 0
     return folder / "runs/shapes"
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143),
+                                          pytest.param(signal.SIGINT, 130, marks=slow)])
 def test_a_stopped_run_saves_its_step_and_goes_on_bit_for_bit(number, code, never_stopped, tmp_path):
     run = started(sys.executable, cwd=tmp_path, flags=SCENES)
     run.send_signal(number)
@@ -1518,7 +1519,7 @@ def hidden(folder):
     return [path for path in Path(folder).rglob(".*")]
 
 def test_a_run_killed_at_any_moment_ends_with_the_numbers_of_one_that_was_not(album):
-    kills, rng, folder = int(os.environ.get("KILLS", 4)), random.Random(0), album.parent
+    kills, rng, folder = int(os.environ.get("KILLS", 3)), random.Random(0), album.parent
     flags = (*TOY, "--data", "photos", "--epochs", "6", "--out")
     start = started(sys.executable, cwd=folder, flags=(*flags, "whole"), until="ready")
     begin = time.perf_counter()
