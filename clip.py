@@ -261,8 +261,8 @@ def load_checkpoint(run_dir):
         state = torch.load(path, map_location="cpu", weights_only=True)     # data only: it can't bring code
         towers = {name: TowerConfig(**state["config"].pop(name)) for name in ("vision", "text")}
         state["config"] = CLIPConfig(**towers, **state["config"])
-        weights = [tensor for name in ("last", "best") for tensor in state[name].values()]
-        assert all(weight.isfinite().all() for weight in weights), "NaN or infinity in its weights"
+        if not all(tensor.isfinite().all() for name in ("last", "best") for tensor in state[name].values()):
+            raise ValueError("NaN or infinity in its weights")
         return state
     except Exception as error:                              # torch.load has a dozen ways to fail
         raise InputError(f"{path} is missing, damaged or no checkpoint ({error!r:.90})") from error
@@ -593,7 +593,7 @@ def train(model, splits, args, run_dir):
 
 # The drawn worlds' defaults: a small model for a small world, and one view, as nothing is cropped there.
 DRAWN_DEFAULTS = dict(model="tiny", tokenizer="train", epochs=9, batch_size=128, lr=1e-3, weight_decay=0.1,
-              views=1, captions=1, patch_dropout=0.0, word_dropout=0.0)
+                      views=1, captions=1, patch_dropout=0.0, word_dropout=0.0)
 
 FLAGS = (       # of clip.py and finetune.py: name, default, least, most, help
     ("epochs", 55, 1, 1e6, "passes over the photos, but for those that fill no last batch"),
