@@ -7,7 +7,7 @@ The paper is Radford et al. 2021, Learning Transferable Visual Models From Natur
 arXiv:2103.00020. Module names are those of Hugging Face's CLIPModel, so that released weights load unchanged.
 
 Shapes: N photos, M captions of a split; B photos in a batch, V crops and K captions of each, S x S pixels, T
-tokens (patches plus one), C channels of a tower, H heads, D = C / H, P x P pixels a patch, E shared channels.
+tokens (words, or patches + 1), C channels of a tower, H heads, D = C / H, P x P pixels a patch, E shared.
 """
 import argparse
 import atexit
@@ -75,7 +75,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.num_heads = config.num_attention_heads
-        # One Linear each: of nn.MultiheadAttention LoRA adapts out_proj alone, silently (peft #761).
+        # One Linear each: LoRA finds in nn.MultiheadAttention only a Linear that isn't called (peft #761).
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -184,10 +184,10 @@ class TextEmbeddings(nn.Module):
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.text.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.text.hidden_size)
-        self.word_dropout = 0.0                             # share of the tokens that training replaces
+        self.word_dropout = 0.0                             # share of tokens, markers too, that are replaced
 
     def forward(self, ids):
-        if self.training and self.word_dropout:     # without it few captions are learnt by heart
+        if self.training and self.word_dropout:     # captions, being few, are else learnt by heart
             kept = torch.rand(ids.shape, device=ids.device) >= self.word_dropout
             ids = ids.where(kept, torch.randint_like(ids, self.token_embedding.num_embeddings))
         return self.token_embedding(ids) + self.position_embedding.weight[:ids.shape[1]]
@@ -203,14 +203,14 @@ class TextTransformer(nn.Module):
 
     def forward(self, ids):
         B, T = ids.shape
-        # The first end token: padding repeats it, and argmax returns the first of equals (openai/CLIP #217).
+        # The first end token, before any is replaced: padding repeats it, argmax returns the first of equals.
         end = (ids == self.eos_token_id).int().argmax(dim=-1)                           # (B,)
         position = torch.arange(T, device=ids.device)
         if self.causal:
             # Padding stands after the end token, where nothing that is read can see it: no padding mask.
             mask = position[:, None] >= position                                        # (T, T)
         else:
-            mask = (position <= end[:, None])[:, None, None]                            # (B, 1, 1, T)
+            mask = (position <= end[:, None])[:, None, None]        # (B, 1, 1, T): no token sees padding
         x = self.embeddings(ids)                                                        # (B, T, C)
         x = self.encoder(x, mask)
         x = self.final_layer_norm(x)
@@ -218,18 +218,18 @@ class TextTransformer(nn.Module):
 
 @torch.no_grad()
 def init_weights(model):
-    """In place: norms 1, biases 0, the rest normal with the scales of openai/CLIP's text tower (model.py:
-    initialize_parameters), for both. Hugging Face gives q, k, v the smaller one, out_proj's here."""
+    """In place: biases 0, the rest normal with the scales of openai/CLIP (model.py, initialize_parameters),
+    those of its text blocks for both towers; norms are left as PyTorch makes them, with weight 1, bias 0."""
     for tower, config in ((model.vision_model, model.config.vision), (model.text_model, model.config.text)):
         inner = config.hidden_size ** -0.5
-        # 2 L layers add to the residual stream; this keeps its variance from growing with depth (GPT-2).
+        # A block adds to the residual stream twice: this keeps its variance from growing with depth (GPT-2).
         outer = inner * (2 * config.num_hidden_layers) ** -0.5
         std = {"q_proj": inner, "k_proj": inner, "v_proj": inner, "out_proj": outer,
                "fc1": (2 * config.hidden_size) ** -0.5, "fc2": outer}
         for name, module in tower.encoder.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=std[name.split(".")[-1]])
-                nn.init.zeros_(module.bias)             # LayerNorms start with weight 1, bias 0 by themselves
+                nn.init.zeros_(module.bias)
     vision, text = model.vision_model.embeddings, model.text_model.embeddings
     nn.init.normal_(vision.class_embedding, std=model.config.vision.hidden_size ** -0.5)
     nn.init.normal_(vision.position_embedding.weight, std=model.config.vision.hidden_size ** -0.5)
@@ -241,7 +241,7 @@ def init_weights(model):
     nn.init.normal_(model.visual_projection.weight, std=model.config.vision.hidden_size ** -0.5)
     nn.init.normal_(model.text_projection.weight, std=model.config.text.hidden_size ** -0.5)
     # The logarithm of one over the temperature, 0.07. A common slip, exp(0.07), starts at a scale of 1.07:
-    # all logits are then nearly equal, and training crawls at chance.
+    # all logits are then nearly equal, and training is slow to leave chance (a figure in the README).
     nn.init.constant_(model.logit_scale, math.log(1 / 0.07))
 
 def expect(name, x, kind, *shape):
@@ -254,8 +254,8 @@ def expect(name, x, kind, *shape):
                          f"{kind} {[*shape]} is expected")
 
 def load_checkpoint(run_dir):
-    """A run's checkpoint, on the CPU: {"config": CLIPConfig, "flags": of the command, "last", "best": weights
-    after the last and the best epoch, ...}. Raises InputError where none can be read, and for NaN in it."""
+    """A run's checkpoint, on the CPU: {"config": CLIPConfig, "flags": of the command, "last": weights when it
+    was saved, "best": after the best epoch, ...}. InputError where none can be read or it holds NaN."""
     path = Path(run_dir) / CHECKPOINT
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)     # data only: it can't bring code
@@ -307,7 +307,7 @@ class CLIP(nn.Module):
 
     @classmethod
     def load(cls, run_dir, epoch="best"):
-        """The model of a run after its "best" or "last" epoch, in eval mode on the CPU; else InputError."""
+        """A run's model, of its "best" epoch or as saved "last", in eval mode on the CPU; else InputError."""
         state = load_checkpoint(run_dir)
         try:
             model = cls(state["config"])
@@ -379,7 +379,7 @@ def autocast(device):
 
 @torch.no_grad()
 def embed(model, split, batch_size=250):
-    """All photos and captions of a split, embedded in eval mode: (N, E) and (M, E), on the model's device."""
+    """A split's photos (N, E), captions (M, E), in eval mode; ValueError for photos with a margin (train)."""
     device, training = model.logit_scale.device, model.training
     model.eval()
     with autocast(device), torch.compiler.set_stance("force_eager"):       # or eval mode would compile anew
@@ -413,8 +413,8 @@ def describe(row):
 # --- Training --------------------------------------------------------------------------------------------
 
 def make_optimizer(model, lr, weight_decay):
-    """AdamW with OpenAI's betas. Decay pulls towards zero: a sensible prior for the matrices of Linears, not
-    for norms, biases, the logit scale and embeddings (the patches' too, by name), which the paper decays."""
+    """AdamW with OpenAI's betas. Decay pulls towards zero: a sensible prior for matrices of Linears (LoRA's
+    too), not for norms, biases, the logit scale and embeddings; these the paper decays, patches' as well."""
     groups = [{"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": weight_decay}]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -473,13 +473,13 @@ def gather(x):
     return torch.cat(parts)
 
 def backward(model, encode, micro_batches):
-    """The first part of multiview_loss over the pairs of all processes; leaves the whole loss's gradient in
-    the parameters. encode(i): embeddings of micro-batch i as from encode_pairs, the same each time.
-    Any batch fits where one micro-batch does, exactly, by gradient caching (Gao 2021, arXiv:2101.06983):
+    """Returns the first part of multiview_loss over the pairs of all processes; leaves the whole loss's
+    gradient in the parameters. encode(i): embeddings of micro-batch i, the same each time (encode_pairs).
+    The towers hold one micro-batch at a time, exactly, by gradient caching (Gao 2021, arXiv:2101.06983):
     1. Embed all pairs. Of several micro-batches keep no graph: that is what fills the memory.
     2. The loss is a function of the embeddings alone: compute it, and its gradient for each of them.
     3. Embed each micro-batch again, now with a graph, and send its part of that gradient through it."""
-    if micro_batches > 1:       # a replay overwrites the gradients it gave before: add them up elsewhere
+    if micro_batches > 1:       # a CUDA graph's replay overwrites the gradients it gave: add up elsewhere
         for p in filter(lambda p: p.requires_grad, model.parameters()):
             p.grad = torch.zeros_like(p)
     with torch.set_grad_enabled(micro_batches == 1):
@@ -519,7 +519,7 @@ def train(model, splits, args, run_dir):
             torch.save({"config": asdict(model.config), "flags": flags, "last": trained,
                         "best": best or trained, "optimizer": optimizer.state_dict(), "history": history,
                         "step": step, "total": total.item(), "seconds": seconds}, temporary)
-        if data.stops:
+        if data.stops:                                      # Ctrl-C or SIGTERM came: see data.command
             raise KeyboardInterrupt
     if args.resume and (run_dir / CHECKPOINT).exists():
         state = load_checkpoint(run_dir)
@@ -600,7 +600,7 @@ FLAGS = (       # of clip.py and finetune.py: name, default, least, most, help
     ("batch-size", 256, 2, 1e6, "photos in a step, on all GPUs together"),
     ("micro-batch", 0, 0, 1e6, "photos that a GPU embeds at once, with crops and captions; 0 is all"),
     ("lr", 5e-4, 0, 1e3, "peak learning rate"),
-    ("weight-decay", 0.2, 0, 1e3, "AdamW's, on matrices only"),
+    ("weight-decay", 0.2, 0, 1e3, "AdamW's, on the matrices of Linears"),
     ("warmup", 0.1, 0, 1, "share of the steps in which lr rises"),
     ("views", 4, 1, 1e3, "crops of a photo in a step, positives of each other (drawn scenes have 1)"),
     ("captions", 4, 1, 1e3, "captions of a photo in a step, positives of its crops and of each other"),
@@ -637,8 +637,8 @@ def checked(args):
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)                  # where graphs are recorded and processes meet
     if WORLD_SIZE > 1 and not dist.is_initialized():
-        patience = 48 * dist.constants.default_pg_timeout               # a day: process 0 may fetch 4.4 GB
-        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo", timeout=patience)
+        timeout = 48 * dist.constants.default_pg_timeout                # a day: process 0 may fetch 4.4 GB
+        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo", timeout=timeout)
         atexit.register(dist.destroy_process_group)
         sys.stdout = open(os.devnull, "w") if RANK else sys.stdout          # process 0 speaks for all
     return args

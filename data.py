@@ -124,13 +124,13 @@ def read_flickr8k(text):
     for row in csv_rows(text):
         yield row["image"], None, [row["caption"]]
 
-# Karpathy's file also gives the published split, so it wins where there are several.
+# A reader yields (photo, split or None, captions). Those that know the published split come first, and win.
 READERS = {"dataset_*.json": read_karpathy, "flickr_annotations_30k.csv": read_hub,
            "results.csv": read_kaggle, "captions.txt": read_flickr8k}
 
 def read_captions(folder):
-    """The captions file of a folder (or one folder deeper), read: (path, {name: (split, captions)}); else
-    InputError. Where it has no split, a photo's name alone decides, 1 in 20 each to val and test."""
+    """The captions file in a folder or one deeper (of dataset_X.json one with X in its path): (path, {name:
+    (split, captions)}); else InputError. Without splits a photo's name decides, 1 in 20 each to val, test."""
     found = [(path, pattern) for pattern in READERS for depth in ("", "*/") for path in sorted(
              Path(folder).glob(depth + pattern), key=lambda path: (path.stem[8:] not in str(folder), path))]
     if not found:
@@ -227,7 +227,7 @@ def build_store(store, photos, size):
         print(f"warning: left out, missing or not to be read: {', '.join(broken)}", file=sys.stderr)
 
 def photo_store(photos, size, cache):
-    """Photos {name: path} as (names, uint8 (N, size, size, 3)), memory-mapped, in memory writable for torch.
+    """Photos {name: path} as (names, uint8 (N, size, size, 3)), memory-mapped, writes stay in memory.
     Reused while names, the files' sizes and times, and `size` are the same: the hash is its folder's name."""
     stats = [(name, os.path.isfile(path) and (os.path.getsize(path), os.stat(path).st_mtime_ns))
              for name, path in photos.items()]
@@ -370,7 +370,7 @@ class Split:
     lengths: torch.Tensor
 
     def pairs(self, seed, epoch, captions=1):
-        """(N, 1 + captions): all photos in a new order, each with captions of its own (twice if too few), by
+        """(N, 1 + captions): a photo's row, then rows of captions of its own (again if too few), ordered by
         (seed, epoch). Each photo once: none meets itself in a batch as a negative (vsepp #6)."""
         rng = np.random.default_rng([seed, epoch])
         photo = torch.from_numpy(rng.permutation(len(self.photos)))
@@ -388,7 +388,7 @@ class Split:
         return self.photos[rows.to(self.photos.device, non_blocking=True)].to(device)
 
     def tokens(self, rows, device):
-        """Ids of captions `rows`, (len(rows), T) int32. T is a multiple of 8: each is compiled anew."""
+        """Ids of captions `rows`, (len(rows), T) int32. T is a multiple of 8 or all: each T is compiled."""
         longest = -(-int(self.lengths[rows].max()) // 8) * 8
         return self.ids[rows, :longest].to(device, non_blocking=True)
 
@@ -412,8 +412,8 @@ def augment(photos, size, scale=(0.4, 1.0), ratio=(3 / 4, 4 / 3)):
     `ratio` (less where it would stick out), mirrored or not; on the photos' device, for all at once."""
     B, device = len(photos), photos.device
     area = torch.empty(B, device=device).uniform_(*scale)
-    sides = torch.empty(B, device=device).uniform_(math.log(ratio[0]), math.log(ratio[1])).exp()
-    width, height = (area * sides).sqrt().clamp(max=1), (area / sides).sqrt().clamp(max=1)
+    aspect = torch.empty(B, device=device).uniform_(math.log(ratio[0]), math.log(ratio[1])).exp()
+    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)    # shares
     mirror = torch.randint(2, (B,), device=device) * 2 - 1
     # Where output pixel (x, y) comes from, with all coordinates from -1 to 1.
     centres = (torch.arange(size, device=device) * 2 + 1) / size - 1                    # (size,)

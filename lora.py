@@ -112,7 +112,7 @@ def set_strength(model, strength):
 
 @torch.no_grad()
 def merge(model):
-    """Adds each adapter to its weight, W + (alpha / r) B A: the same function without the extra work. Never a
+    """Adds each adapter, at its strength, to its weight: the same function without the extra work. Never a
     side effect of eval(), as in other code: that surprises whoever saves the weights next (peft #1035).
     Raises InputError for merged adapters, for none, and for NaN."""
     layers = adapters(model).values()
@@ -191,7 +191,7 @@ def load_adapter(model, folder):
         shapes[f"{name}.lora_A"] = (r, linears[name].in_features)
         shapes[f"{name}.lora_B"] = (linears[name].out_features, r)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if wrong := sorted(dict(found.items() ^ shapes.items())):
+    if wrong := sorted(name for name in {*found, *shapes} if found.get(name) != shapes.get(name)):
         raise InputError(f"{folder} doesn't fit this model: {wrong[0]} is {found.get(wrong[0], 'missing')} "
                          f"where {shapes.get(wrong[0], 'nothing')} fits")
     if bad := [name for name, tensor in tensors.items() if not tensor.float().isfinite().all()]:
