@@ -38,7 +38,8 @@ def read_released(cls, name_or_dir):
         raise InputError(f"no CLIP in {name_or_dir}: give a Hugging Face folder, a run of clip.py as "
                          "runs/shapes, or a hub name while there is a network") from error
     vision, text = released.config.vision_config, released.config.text_config
-    if left := [name for names in report.values() for name in names]:
+    adapters = [name for name in released.state_dict() if ".lora_" in name]     # transformers opens them too
+    if left := [name for names in (*report.values(), adapters) for name in names]:
         raise InputError(f"{name_or_dir} is not one whole CLIP: {left[0]} is missing, odd or too much")
     if not (text.hidden_act == vision.hidden_act in clip.ACTIVATIONS
             and text.layer_norm_eps == vision.layer_norm_eps == 1e-5):
@@ -68,10 +69,9 @@ def write_released(model, folder, tokenizer=None):
         raise InputError("this model came with no tokenizer: save_pretrained(folder, tokenizer)")
     tokenizer = tokenizer or data.load_tokenizer(model.source)
     weights = {name: weight for name, weight in model.state_dict().items() if ".lora_" not in name}
-    vision = asdict(c.vision) | dict(image_size=c.image_size, patch_size=c.patch_size)
-    text = asdict(c.text) | dict(vocab_size=c.vocab_size, eos_token_id=c.eos_token_id, bos_token_id=None,
-                                 max_position_embeddings=c.max_position_embeddings)
-    vision["hidden_act"] = text["hidden_act"] = c.hidden_act
+    vision = dict(asdict(c.vision), hidden_act=c.hidden_act, image_size=c.image_size, patch_size=c.patch_size)
+    text = dict(asdict(c.text), hidden_act=c.hidden_act, vocab_size=c.vocab_size, eos_token_id=c.eos_token_id,
+                bos_token_id=None, max_position_embeddings=c.max_position_embeddings)
     config = transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=c.projection_dim)
     with torch.device("meta"):
         released = transformers.CLIPModel(config)

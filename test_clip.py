@@ -1820,6 +1820,7 @@ BAD_STUDY = {
     "no such base": (["--base", "nowhere"], "no CLIP in nowhere"),
     "a base that is no model": (["--base", "photos"], "no CLIP in photos"),
     "NaN in the base": (["--base", "nan"], "nan holds NaN"),
+    "an adapter for a base": (["--base", "adapter"], "adapter is not one whole CLIP"),
     "another model's tokenizer": (["--base", "others"], "is not the one of the model others"),
     "no such target": (["--targets", "query"], "no plain Linear of the model is called"),
     "dropout of one": (["--dropout", "1"], "dropout 1.0"),
@@ -1837,6 +1838,9 @@ def test_bad_input_to_a_study_is_one_line_and_exit_code_2(name, album, capsys):
     weights = load_file("nan/model.safetensors")
     weights["logit_scale"].fill_(torch.nan)
     save_file(weights, "nan/model.safetensors", {"format": "pt"})
+    model = CLIP.from_pretrained("base")
+    lora.add_lora(model, 2, 4)
+    lora.save_adapter(model, "adapter", base="base")        # transformers would open it as the whole model
     flags, message = BAD_STUDY[name]
     given = {"--base": "base", "--data": "photos", "--out": "out", "--batch-size": "20"}
     kept = [word for flag, value in given.items() if flag not in flags for word in (flag, value)]
