@@ -313,7 +313,7 @@ class CLIP(nn.Module):
             model = cls(state["config"])
             model.load_state_dict(state[epoch])
         except (RuntimeError, KeyError, TypeError) as error:
-            raise InputError(f"{run_dir} doesn't hold the whole of a model: {error!r:.150}") from error
+            raise InputError(f"{run_dir} holds no whole model, perhaps an adapter: {error!r:.90}") from error
         model.source = Path(run_dir) / "tokenizer"
         return model.eval()
 
@@ -602,7 +602,7 @@ FLAGS = (       # of clip.py and finetune.py: name, default, least, most, help
     ("lr", 5e-4, 0, 1e3, "peak learning rate"),
     ("weight-decay", 0.2, 0, 1e3, "AdamW's, on the matrices of Linears"),
     ("warmup", 0.1, 0, 1, "share of the steps in which lr rises"),
-    ("views", 4, 1, 1e3, "crops of a photo in a step, positives of each other (drawn scenes have 1)"),
+    ("views", 4, 1, 1e3, "crops of a photo in a step, positives of each other (drawn scenes aren't cropped)"),
     ("captions", 4, 1, 1e3, "captions of a photo in a step, positives of its crops and of each other"),
     ("patch-dropout", 0.75, 0, 0.99, "share of a photo's patches that training leaves out"),
     ("word-dropout", 0.3, 0, 0.99, "share of a caption's tokens that training replaces by others"),

@@ -9,7 +9,6 @@ import hashlib
 import io
 import itertools
 import json
-import math
 import os
 import platform
 import random
@@ -83,10 +82,10 @@ def atomic(path):
             remove(left)
     try:
         yield temporary
-        if not (path.is_dir() and temporary.is_dir()):      # else another run has just built the same store
-            os.replace(temporary, path)
+        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:                # torch says RuntimeError where the disk is full
-        raise InputError(f"can't write {path}, is the disk full or read-only? ({error!r:.90})") from error
+        if not (path.is_dir() and temporary.is_dir()):      # else another run has just built the same store
+            raise InputError(f"can't write {path}: is the disk full or read-only? ({error!r:.90})") from error
     finally:
         remove(temporary)
 
@@ -135,7 +134,8 @@ def read_captions(folder):
              Path(folder).glob(depth + pattern), key=lambda path: (path.stem[8:] not in str(folder), path))]
     if not found:
         wrong = "no captions in it or one folder deeper" if Path(folder).is_dir() else "no such folder"
-        raise InputError(f"--data {folder}: {wrong}; looked for {', '.join(READERS)}")
+        raise InputError(f"--data {folder}: {wrong}; looked for {', '.join(READERS)}; "
+                         f"{' and '.join(DRAWN)} are drawn and need no folder")
     (path, pattern), photos, captions = found[0], {}, {}
     try:
         for name, split, sentences in READERS[pattern](path.read_text(encoding="utf-8-sig")):
@@ -412,7 +412,7 @@ def augment(photos, size, scale=(0.4, 1.0), ratio=(3 / 4, 4 / 3)):
     `ratio` (less where it would stick out), mirrored or not; on the photos' device, for all at once."""
     B, device = len(photos), photos.device
     area = torch.empty(B, device=device).uniform_(*scale)
-    aspect = torch.empty(B, device=device).uniform_(math.log(ratio[0]), math.log(ratio[1])).exp()
+    aspect = torch.empty(B, device=device).uniform_(*np.log(ratio)).exp()
     width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)    # shares
     mirror = torch.randint(2, (B,), device=device) * 2 - 1
     # Where output pixel (x, y) comes from, with all coordinates from -1 to 1.
@@ -422,9 +422,8 @@ def augment(photos, size, scale=(0.4, 1.0), ratio=(3 / 4, 4 / 3)):
     grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1)   # (B, size, size, 2)
     return F.grid_sample(normalize(photos), grid, padding_mode="border", align_corners=False)
 
-def load_flickr(folder, image_size, cache):
-    """Splits of a folder with photos and captions: for each split (names, photos, sentences of each)."""
-    captions_file, captions = read_captions(folder)
+def load_flickr(captions_file, captions, image_size, cache):
+    """Splits of what read_captions gave, with photos: for each split (names, photos, sentences of each)."""
     paths, splits = find_photos(captions_file, captions), {}
     for split in ("train", "val", "test"):
         chosen = {name: path for name, path in paths.items() if captions[name][0] == split}
@@ -442,8 +441,9 @@ def load(name, tokenizer, image_size, context=77, cache="cache"):
     for a model of this image_size and context (tokens). tokenizer: hub name, folder or "train"."""
     if name == "flickr30k" and not Path(name).exists():
         download(name)
+    captions = None if name in DRAWN else read_captions(name)       # a wrong folder is said before all else
     tokenizer = tokenizer if tokenizer == "train" else load_tokenizer(tokenizer)
-    parts = (load_flickr(name, image_size, cache) if name not in DRAWN else
+    parts = (load_flickr(*captions, image_size, cache) if captions else
              load_drawn({"val": 500, "test": 500, "train": DRAWN[name]}, image_size, name == "sketches"))
     if tokenizer == "train":
         tokenizer = train_tokenizer(itertools.chain(*parts["train"][2]))

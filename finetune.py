@@ -27,25 +27,25 @@ from data import InputError
 
 # --- Released weights ------------------------------------------------------------------------------------
 
-def read_released(cls, name_or_dir):
+def read_released(cls, source):
     """cls.from_pretrained: our CLIP with the weights of a hub name, a Hugging Face folder or a run."""
-    import transformers
-    if (Path(name_or_dir) / clip.CHECKPOINT).exists():
-        return cls.load(name_or_dir)
+    from transformers import CLIPModel
+    if (Path(source) / clip.CHECKPOINT).exists():
+        return cls.load(source)
+    local = Path(source).parent.exists() or Path(source).parts[0] == "runs"      # no hub name
     try:
-        released, report = transformers.CLIPModel.from_pretrained(name_or_dir, output_loading_info=True)
+        released, report = CLIPModel.from_pretrained(source, output_loading_info=True, local_files_only=local)
     except Exception as error:                              # the hub's client has dozens of kinds
-        raise InputError(f"no CLIP in {name_or_dir}: give a Hugging Face folder, a run of clip.py as "
-                         "runs/shapes, or a hub name while there is a network") from error
+        raise InputError(f"no CLIP in {source}: give a run (clip.py --data shapes makes runs/shapes), a "
+                         "Hugging Face folder or, with a network, a hub name") from error
     vision, text = released.config.vision_config, released.config.text_config
     adapters = [name for name in released.state_dict() if ".lora_" in name]     # transformers opens them too
     if left := [name for names in (*report.values(), adapters) for name in names]:
-        raise InputError(f"{name_or_dir} is not one whole CLIP: {left[0]} is missing, odd or too much")
+        raise InputError(f"{source} is not one whole CLIP: {left[0]} is missing, odd or too much")
     if not (text.hidden_act == vision.hidden_act in clip.ACTIVATIONS
             and text.layer_norm_eps == vision.layer_norm_eps == 1e-5):
-        raise InputError(f"{name_or_dir} has an activation or a norm that this CLIP doesn't have")
-    towers = [TowerConfig(**{each.name: getattr(tower, each.name) for each in fields(TowerConfig)})
-              for tower in (vision, text)]
+        raise InputError(f"{source} has an activation or a norm that this CLIP doesn't have")
+    towers = [TowerConfig(*(getattr(tower, f.name) for f in fields(TowerConfig))) for tower in (vision, text)]
     # Older configurations say 2 and mean the end token, which has the largest id (transformers #24650).
     eos_token_id = text.vocab_size - 1 if text.eos_token_id == 2 else text.eos_token_id
     model = cls(CLIPConfig(*towers, vision.image_size, vision.patch_size, text.vocab_size,
@@ -53,8 +53,8 @@ def read_released(cls, name_or_dir):
                            text.hidden_act, causal=True))
     model.load_state_dict(released.state_dict())
     if not all(weight.isfinite().all() for weight in model.parameters()):
-        raise InputError(f"{name_or_dir} holds NaN or infinity: fetch or train it again")
-    model.source = name_or_dir
+        raise InputError(f"{source} holds NaN or infinity: fetch or train it again")
+    model.source = source
     return model.eval()
 
 def write_released(model, folder, tokenizer=None):
@@ -127,7 +127,7 @@ PROMPTS = "a photo of a {}", "a photo of the {}", "a cropped photo of a {}", "a 
 def classify(model, tokenizer, folder, templates=PROMPTS):
     """Top-1 and top-5 accuracy, in percent, on photos folder/CLASS/* (`_` in CLASS is a space). InputError
     without any. A class is the mean of its name's embeddings over the templates (CLIP's paper, 3.1.4)."""
-    paths = {f"{path.parent.name}/{path.name}": path for path in sorted(Path(folder).glob("*/[!.]*"))}
+    paths = {f"{p.parent.name}/{p.name}": p for p in sorted(Path(folder).glob("*/[!.]*")) if p.is_file()}
     if not paths:
         raise InputError(f"no photos in {folder}: each class is a folder there, with its photos")
     names, photos = data.photo_store(paths, model.config.image_size, "cache")

@@ -1543,11 +1543,24 @@ def test_a_run_killed_at_any_moment_ends_with_the_numbers_of_one_that_was_not(al
             assert hidden("killed") == hidden("cache") == []
 
 def test_two_runs_at_once_share_the_store(album):
-    runs = [subprocess.Popen([sys.executable, HERE / "clip.py", *TOY, "--data", "photos", "--out", out],
-                             stdout=subprocess.DEVNULL) for out in ("a", "b")]
-    assert [run.wait(timeout=100) for run in runs] == [0, 0]
+    command = [sys.executable, HERE / "clip.py", *TOY, "--data", "photos", "--out"]
+    runs = [subprocess.Popen([*command, out], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            for out in ("a", "b")]
+    said = [run.communicate(timeout=100)[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], said
     assert len(list(Path("cache").iterdir())) == 3 and hidden("cache") == []        # train, val, test
     assert_same_numbers("a", "b")
+
+def test_two_runs_that_end_a_store_at_the_same_moment_both_go_on(tmp_path, monkeypatch):
+    replace = os.replace
+    def beaten(source, target):                             # the other run's folder arrives just before ours
+        shutil.copytree(source, target)
+        replace(source, target)
+    monkeypatch.setattr(os, "replace", beaten)
+    with data.atomic(tmp_path / "store") as temporary:
+        temporary.mkdir()
+        (temporary / "names.json").write_text("[]")
+    assert [path.name for path in tmp_path.rglob("*")] == ["store", "names.json"]
 
 @pytest.mark.parametrize("size, file", [(100_000, "cache/"), (2_000_000, "runs/photos/checkpoint.pt")])
 def test_a_disk_that_is_full_is_one_line_and_leaves_nothing_half_written(size, file, album):
