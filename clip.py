@@ -525,7 +525,7 @@ def train(model, splits, args, run_dir):
         state = load_checkpoint(run_dir)
         if changed := [f"{name} was {state['flags'].get(name)}" for name in flags
                        if state["flags"].get(name) != flags[name]]:
-            raise InputError(f"{run_dir} is another run ({', '.join(changed)}): --out DIR starts a new one")
+            raise InputError(f"{run_dir} is another run ({', '.join(changed)}): give that, or another --out")
         sizes = [{n: w.shape for n, w in each.items()} for each in (trained, state["last"], state["best"])]
         if not sizes[0] == sizes[1] == sizes[2]:
             raise InputError(f"{run_dir} holds the weights of another model: --out DIR starts a new run")
@@ -645,7 +645,7 @@ def checked(args):
 
 def parse_args(argv):
     parser = data.Parser(description=f"Train CLIP from scratch. Defaults of drawn worlds: {DRAWN_DEFAULTS}.",
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     parser.add_argument("--model", choices=PRESETS, default="ViT-B/16", help="size")
     parser.add_argument("--text", choices=("bert", "causal"), default="bert", help="causal is OpenAI's")
     parser.add_argument("--tokenizer", default="openai/clip-vit-base-patch16", help="name, folder or `train`")
@@ -666,7 +666,7 @@ def load_data(args, tokenizer, config):
     if RANK == 0 and WORLD_SIZE > 1:
         dist.barrier()
     if args.batch_size > len(splits["train"].photos):
-        raise InputError(f"--batch-size {args.batch_size}: training has {len(splits['train'].photos)} photos")
+        raise InputError(f"--batch-size {args.batch_size} for {len(splits['train'].photos)} training photos")
     for split in splits.values():
         split.place(args.device)
     return splits, tokenizer

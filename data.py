@@ -433,7 +433,7 @@ def load_flickr(captions_file, captions, image_size, cache):
             names, photos = photo_store(chosen, size, cache)
             splits[split] = names, photos, [captions[name][1] for name in names]
         elif split != "test":
-            raise InputError(f"{captions_file} has no {split} photos: a dataset_*.json can name them")
+            raise InputError(f"{captions_file} has no {split} photos, too few? dataset_*.json can name them")
     return splits
 
 def load(name, tokenizer, image_size, context=77, cache="cache"):

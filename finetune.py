@@ -284,7 +284,7 @@ DRAWN_DEFAULTS = dict(epochs=8, lr=5e-3, dropout=0.0)
 
 def parse_args(argv):
     parser = data.Parser(description=f"Adapt CLIP with LoRA. Defaults of drawn worlds: {DRAWN_DEFAULTS}.",
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     group = parser.add_argument_group("adapters")
     group.add_argument("--base", default="openai/clip-vit-base-patch16",
                        help="hub name, Hugging Face folder or run of clip.py")
