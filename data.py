@@ -5,6 +5,7 @@ ids. A batch is two look-ups and an `augment`; there are no workers.
 """
 import argparse
 import csv
+import errno
 import hashlib
 import io
 import itertools
@@ -84,7 +85,7 @@ def atomic(path):
         yield temporary
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:                # torch says RuntimeError where the disk is full
-        if not (path.is_dir() and temporary.is_dir()):      # else another run has just built the same store
+        if getattr(error, "errno", None) != errno.ENOTEMPTY:        # else another run has just built the same
             raise InputError(f"can't write {path}: is the disk full or read-only? ({error!r:.90})") from error
     finally:
         remove(temporary)
@@ -134,8 +135,7 @@ def read_captions(folder):
              Path(folder).glob(depth + pattern), key=lambda path: (path.stem[8:] not in str(folder), path))]
     if not found:
         wrong = "no captions in it or one folder deeper" if Path(folder).is_dir() else "no such folder"
-        raise InputError(f"--data {folder}: {wrong}; looked for {', '.join(READERS)}; "
-                         f"{' and '.join(DRAWN)} are drawn and need no folder")
+        raise InputError(f"--data {folder}: {wrong}; looked for {', '.join(READERS)}; {[*DRAWN]} need none")
     (path, pattern), photos, captions = found[0], {}, {}
     try:
         for name, split, sentences in READERS[pattern](path.read_text(encoding="utf-8-sig")):

@@ -109,7 +109,7 @@ def adapt(base, r, seed, splits, zero_shot, args):
     print(f"\n{name_of(r)}, seed {seed}: {trainable:,} of {everything:,} parameters train, "
           f"{100 * trainable / everything:.2f} %")
     lr, base_loss = args.lr if r else args.lr / 10, round(zero_shot["loss"], 3)    # all weights: small steps
-    flags = argparse.Namespace(**vars(args) | dict(seed=seed, lr=lr, out=folder, base_loss=base_loss))
+    flags = argparse.Namespace(**vars(args) | dict(seed=seed, lr=lr, out=folder, zero_shot_loss=base_loss))
     if not r:                                               # then CLIP.load opens the folder
         clip.open_run(data.load_tokenizer(model.source), flags)
     history = clip.train(model, splits, flags, folder)
