@@ -3,8 +3,7 @@
     python clip.py --data shapes     drawn scenes, nothing downloaded: about a minute on two CPU cores
     python clip.py --epochs 55       ViT-B/16 from scratch on Flickr30k, on a GPU
 
-The paper is Radford et al. 2021, Learning Transferable Visual Models From Natural Language Supervision,
-arXiv:2103.00020. Module names are those of Hugging Face's CLIPModel, so that released weights load unchanged.
+Radford et al. 2021, arXiv:2103.00020. Module names are Hugging Face's: released weights load unchanged.
 
 Shapes: N photos, M captions of a split; B photos in a batch, V crops and K captions of each, S x S pixels, T
 tokens (words, or patches + 1), C channels of a tower, H heads, D = C / H, P x P pixels a patch, E shared.
@@ -30,7 +29,7 @@ from torch import nn
 import data
 from data import InputError
 
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT, WEIGHTS = "checkpoint.pt", ("trained", "last", "best")
 # torchrun starts a process for each GPU and says in the environment which one it is, of how many.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -68,10 +67,8 @@ PRESETS = {
 
 class Attention(nn.Module):
     """Multi-head self-attention: softmax(Q K^T / sqrt(D)) V in each of H heads (Vaswani et al. 2017, eq. 1).
-
     x (B, T, C) to (B, T, C). Row t of the softmax says how much token t takes from each token. Where
-    `mask`, of a shape that broadcasts to (B, H, T, T), is False, Q K^T is set to minus infinity: weight 0.
-    """
+    `mask`, of a shape that broadcasts to (B, H, T, T), is False, Q K^T is set to minus infinity: weight 0."""
     def __init__(self, config):
         super().__init__()
         self.num_heads = config.num_attention_heads
@@ -119,8 +116,7 @@ class Block(nn.Module):
     def forward(self, x, mask=None):
         # Autocast returns norms in fp32. Cast back once: what reads them would else read twice the bytes.
         x = x + self.self_attn(self.layer_norm1(x).to(x.dtype), mask)
-        x = x + self.mlp(self.layer_norm2(x).to(x.dtype))
-        return x
+        return x + self.mlp(self.layer_norm2(x).to(x.dtype))
 
 class Encoder(nn.Module):
     """A stack of blocks, the same for photos and captions."""
@@ -240,8 +236,7 @@ def init_weights(model):
     nn.init.normal_(text.position_embedding.weight, std=0.01)
     nn.init.normal_(model.visual_projection.weight, std=model.config.vision.hidden_size ** -0.5)
     nn.init.normal_(model.text_projection.weight, std=model.config.text.hidden_size ** -0.5)
-    # The logarithm of one over the temperature, 0.07. A common slip, exp(0.07), starts at a scale of 1.07:
-    # all logits are then nearly equal, and training is slow to leave chance (a figure in the README).
+    # One over the temperature 0.07. At a scale of exp(0.07), a common slip, training is slow to leave chance.
     nn.init.constant_(model.logit_scale, math.log(1 / 0.07))
 
 def expect(name, x, kind, *shape):
@@ -254,14 +249,14 @@ def expect(name, x, kind, *shape):
                          f"{kind} {[*shape]} is expected")
 
 def load_checkpoint(run_dir):
-    """A run's checkpoint, on the CPU: {"config": CLIPConfig, "flags": of the command, "last": weights when it
-    was saved, "best": after the best epoch, ...}. InputError where none can be read or it holds NaN."""
+    """A run's checkpoint, on the CPU: {"config": CLIPConfig, "flags", "trained": weights, "last": their mean
+    (see train), "best": that of the best epoch, ...}. InputError where none can be read or it holds NaN."""
     path = Path(run_dir) / CHECKPOINT
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)     # data only: it can't bring code
         towers = {name: TowerConfig(**state["config"].pop(name)) for name in ("vision", "text")}
         state["config"] = CLIPConfig(**towers, **state["config"])
-        if not all(tensor.isfinite().all() for name in ("last", "best") for tensor in state[name].values()):
+        if not all(tensor.isfinite().all() for name in WEIGHTS for tensor in state[name].values()):
             raise ValueError("NaN or infinity in its weights")
         return state
     except Exception as error:                              # torch.load has a dozen ways to fail
@@ -330,8 +325,7 @@ class CLIP(nn.Module):
 
 def contrastive_loss(logits_per_image):
     """Mean of two cross-entropies over logits (B, B), a scalar: the right caption of a photo is that of its
-    own row, the right photo of a caption that of its own column. Chance is ln B (4.85 for 128: a loss that
-    stays there has learnt nothing). Two equal photos in a batch would be each other's negatives."""
+    own row, the right photo of a caption that of its own column. Chance is ln B, 4.85 for 128."""
     expect("logits_per_image", logits_per_image, "float", "B", "B")
     labels = torch.arange(len(logits_per_image), device=logits_per_image.device)
     loss_image = F.cross_entropy(logits_per_image.float(), labels)
@@ -351,10 +345,9 @@ def multiview_loss(model, image_embeds, text_embeds):
     return sum(means), means[0]
 
 def recall_at_k(similarity, caption_owner, ks=(1, 5, 10)):
-    """Retrieval recall as published for Flickr30k, both ways.
-    similarity (photos, captions); caption_owner (captions,): the photo that each caption describes.
-    Returns {"t2i_r1": fraction, ..., "i2t_r1": fraction, ...}: text to image, how often a caption's photo is
-    among its k best photos; image to text, how often any of a photo's captions is among its k best captions.
+    """Retrieval recall as published for Flickr30k: {"t2i_r1": fraction, ..., "i2t_r1": fraction, ...}.
+    similarity (photos, captions); caption_owner (captions,): the photo that each caption describes. Text to
+    image: how often a caption's photo is among its k best; image to text: how often any of its captions is.
     A tie counts against the model, and so does NaN: constant similarities score 0, not 100 %."""
     expect("similarity", similarity, "float", "photos", "captions")
     expect("caption_owner", caption_owner, "int", similarity.shape[1])
@@ -392,10 +385,9 @@ def embed(model, split, batch_size=250):
 
 @torch.no_grad()
 def evaluate(model, split):
-    """The loss of a split and its recalls in percent: {"loss", "t2i_r1", "t2i_r5", ..., "i2t_r10", "rsum"}.
+    """The loss of a split, its recalls in percent and their sum: {"loss", "t2i_r1", ..., "i2t_r10", "rsum"}.
     The loss is over whole groups of 64 photos (of all, if fewer), five times with another caption of each, so
-    that it compares across batch sizes: chance is ln 64 = 4.159. rsum, the sum of the six recalls, picks the
-    best epoch: the loss rises from overconfidence while recall still rises (open_clip #811)."""
+    that it compares across batch sizes: chance is ln 64 = 4.159. The sum picks the best epoch."""
     images, texts = embed(model, split)
     owner = split.owner.to(images.device)
     first, count = torch.searchsorted(owner, owner.unique()), owner.bincount()          # (N,), (N,)
@@ -500,10 +492,11 @@ SAVE_SECONDS = 20   # least time between checkpoints: a kill loses at most this 
 FREE = ("resume", "device", "compile", "micro_batch", "out")        # flags that a resumed run may change
 
 def train(model, splits, args, run_dir):
-    """Trains all that requires a gradient; returns the history, an evaluated row for each epoch. Writes then
-    log.csv, the checkpoint often and when it is stopped. Batches derive from (seed, epoch), crops and dropout
-    from (seed, step): a resumed run, in as many processes and micro-batches, is on the CPU bit for bit the
-    whole one. Raises InputError if the loss is not finite."""
+    """Trains all that requires a gradient; returns the history, a row for each epoch: an evaluation of the
+    weights' running mean, over about the last tenth of all steps so far (--ema). Writes log.csv then, and the
+    checkpoint often and when it is stopped. Batches derive from (seed, epoch), crops and dropout from (seed,
+    step): a resumed run, in as many processes and micro-batches, is on the CPU bit for bit the whole one.
+    Raises InputError if the loss is not finite."""
     split, steps_per_epoch = splits["train"], len(splits["train"].photos) // args.batch_size
     steps = args.epochs * steps_per_epoch
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
@@ -513,12 +506,15 @@ def train(model, splits, args, run_dir):
     done, total = 0, torch.zeros((), device=args.device)    # steps of an epoch before a stop, losses' sum
     model.vision_model.embeddings.patch_dropout = args.patch_dropout
     model.text_model.embeddings.word_dropout = args.word_dropout
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    averaged = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
+    trained, mean = ({name: p.detach() for name, p in each.named_parameters() if p.requires_grad}
+                     for each in (model, averaged))
     def save(step):
         with data.atomic(run_dir / CHECKPOINT) as temporary:
-            torch.save({"config": asdict(model.config), "flags": flags, "last": trained,
-                        "best": best or trained, "optimizer": optimizer.state_dict(), "history": history,
-                        "step": step, "total": total.item(), "seconds": seconds}, temporary)
+            torch.save({"config": asdict(model.config), "flags": flags, "last": mean,
+                        "best": best or mean, "trained": trained, "optimizer": optimizer.state_dict(),
+                        "history": history, "step": step, "total": total.item(), "seconds": seconds},
+                       temporary)
         if data.stops:                                      # Ctrl-C or SIGTERM came: see data.command
             raise KeyboardInterrupt
     if args.resume and (run_dir / CHECKPOINT).exists():
@@ -526,10 +522,11 @@ def train(model, splits, args, run_dir):
         if changed := [f"{name} was {state['flags'].get(name)}" for name in flags
                        if state["flags"].get(name) != flags[name]]:
             raise InputError(f"{run_dir} is another run ({', '.join(changed)}): give that, or another --out")
-        sizes = [{n: w.shape for n, w in each.items()} for each in (trained, state["last"], state["best"])]
-        if not sizes[0] == sizes[1] == sizes[2]:
+        sizes = [{n: w.shape for n, w in each.items()} for each in (trained, *map(state.get, WEIGHTS))]
+        if sizes != sizes[:1] * 4:
             raise InputError(f"{run_dir} holds the weights of another model: --out DIR starts a new run")
-        model.load_state_dict(state["last"], strict=False)
+        model.load_state_dict(state["trained"], strict=False)
+        averaged.load_state_dict(state["last"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         history, best, seconds = state["history"], state["best"], state["seconds"]
         done, total = state["step"] % steps_per_epoch, total + state["total"]
@@ -554,6 +551,8 @@ def train(model, splits, args, run_dir):
             optimizer.step()
             optimizer.zero_grad()
             model.logit_scale.data.clamp_(max=math.log(100))        # the paper's bound (openai/CLIP #46)
+            ema = torch.optim.swa_utils.get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))
+            ema([*mean.values()], [*trained.values()], None)
             total += loss
             if (step + 1) % max(1, steps // 40) == 0:       # about 40 lines for a run of any length
                 shown = loss.item()                         # waits for the GPU, so before the clock
@@ -564,7 +563,7 @@ def train(model, splits, args, run_dir):
             if data.stops and not RANK and i + 1 < steps_per_epoch and total.isfinite():
                 seconds += time.perf_counter() - start
                 save(step + 1)
-        train_loss, row = total.item() / steps_per_epoch, evaluate(model, splits["val"])
+        train_loss, row = total.item() / steps_per_epoch, evaluate(averaged, splits["val"])
         if not math.isfinite(train_loss + row["loss"]):
             raise InputError("the loss is not finite: start a new run with a lower --lr or a longer --warmup")
         seconds += time.perf_counter() - start
@@ -577,7 +576,7 @@ def train(model, splits, args, run_dir):
         if RANK:
             continue                                        # process 0 writes for all
         if is_best:
-            best = {name: tensor.to("cpu", copy=True) for name, tensor in trained.items()}
+            best = {name: tensor.to("cpu", copy=True) for name, tensor in mean.items()}
         with data.atomic(run_dir / "log.csv") as temporary:
             lines = [history[0].keys(), *(row.values() for row in history)]
             temporary.write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
@@ -593,7 +592,7 @@ def train(model, splits, args, run_dir):
 
 # The drawn worlds' defaults: a small model for a small world, and one view, as nothing is cropped there.
 DRAWN_DEFAULTS = dict(model="tiny", tokenizer="train", epochs=9, batch_size=128, lr=1e-3, weight_decay=0.1,
-                      views=1, captions=1, patch_dropout=0.0, word_dropout=0.0)
+                      views=1, captions=1, patch_dropout=0.0, word_dropout=0.0, ema=0.0)
 
 FLAGS = (       # of clip.py and finetune.py: name, default, least, most, help
     ("epochs", 55, 1, 1e6, "passes over the photos, but for those that fill no last batch"),
@@ -606,6 +605,7 @@ FLAGS = (       # of clip.py and finetune.py: name, default, least, most, help
     ("captions", 4, 1, 1e3, "captions of a photo in a step, positives of its crops and of each other"),
     ("patch-dropout", 0.75, 0, 0.99, "share of a photo's patches that training leaves out"),
     ("word-dropout", 0.3, 0, 0.99, "share of a caption's tokens that training replaces by others"),
+    ("ema", 0.999, 0, 1, "largest decay of the weights' running mean, which is evaluated and kept; 0: none"),
     ("seed", 0, 0, 1e9, "of weights, batches and crops"),
 )
 

@@ -298,7 +298,7 @@ def parse_args(argv):
     clip.add_shared_flags(parser)
     # Of amirhossein-yousefi/Image-Contrastive-CLIP (R@1 79.0 text->image, 92.3), but lr: LoRA takes 1e-4.
     parser.set_defaults(epochs=5, batch_size=64, lr=1e-4, weight_decay=0.1, views=1, captions=1,
-                        patch_dropout=0.0, word_dropout=0.0)
+                        patch_dropout=0.0, word_dropout=0.0, ema=0.0)
     if parser.parse_known_args(argv)[0].data in data.DRAWN:
         parser.set_defaults(**DRAWN_DEFAULTS)
     args = clip.checked(parser.parse_args(argv))

@@ -35,6 +35,7 @@ import transformers
 from matplotlib import pyplot as plt
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.activations import ACT2FN
 
@@ -1213,7 +1214,7 @@ def without_times(history):
     return [{name: value for name, value in row.items() if name != "minutes"} for row in history]
 
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(monkeypatch, tmp_path):
-    assert train_shapes(monkeypatch, tmp_path, "--out", "whole") == 0
+    assert train_shapes(monkeypatch, tmp_path, "--ema", "0.9", "--out", "whole") == 0
     monkeypatch.undo()
     evaluate, calls = clip.evaluate, []
 
@@ -1225,13 +1226,36 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(monkeypatch, tmp_pat
 
     monkeypatch.setattr(clip, "evaluate", interrupted)
     monkeypatch.setattr(clip, "SAVE_SECONDS", 0)            # saves after every epoch
-    assert train_shapes(monkeypatch, tmp_path, "--out", "halves") == 130
+    assert train_shapes(monkeypatch, tmp_path, "--ema", "0.9", "--out", "halves") == 130
     monkeypatch.undo()
-    assert train_shapes(monkeypatch, tmp_path, "--out", "halves", "--resume") == 0
+    assert train_shapes(monkeypatch, tmp_path, "--ema", "0.9", "--out", "halves", "--resume") == 0
     whole, halves = (clip.load_checkpoint(tmp_path / name) for name in ("whole", "halves"))
     assert without_times(whole["history"]) == without_times(halves["history"])
-    for weights in ("last", "best"):
+    for weights in clip.WEIGHTS:
         assert all(torch.equal(whole[weights][name], halves[weights][name]) for name in whole[weights])
+
+@pytest.mark.parametrize("ema", [0.999, 0.5, 0.0])
+def test_a_run_evaluates_and_keeps_the_running_mean_of_its_weights(ema, monkeypatch, tmp_path):
+    train, seen = clip.train, []
+
+    def watched(model, *rest):
+        weight = model.text_projection.weight
+        seen.append(weight.detach().double())
+        hook = register_optimizer_step_post_hook(lambda *_: seen.append(weight.detach().double()))
+        history = train(model, *rest)
+        hook.remove()
+        return history
+
+    monkeypatch.setattr(clip, "train", watched)
+    assert train_shapes(monkeypatch, tmp_path, "--ema", str(ema)) == 0
+    mean, age = seen[0], 0
+    for step, weight in enumerate(seen[1:]):
+        decay = min(ema, (1 + step) / (10 + step))
+        mean, age = decay * mean + (1 - decay) * weight, decay * (age + 1)
+    state = clip.load_checkpoint("runs/shapes")
+    assert difference(state["last"]["text_projection.weight"], mean) < (1e-6 if ema else 1e-12)
+    assert difference(state["trained"]["text_projection.weight"], seen[-1]) == 0
+    assert ema < 0.999 or 0.09 < age / (step + 1) < 0.11    # "over about the last tenth of all steps so far"
 
 def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine():
     rates = [clip.learning_rate(step, 1000, 2.0, 0.1) for step in range(1000)]
@@ -1489,7 +1513,7 @@ def test_a_killed_process_ends_the_whole_job_with_one_line(tmp_path):
 def assert_same_numbers(run, other):
     ours, theirs = clip.load_checkpoint(run), clip.load_checkpoint(other)
     assert without_times(ours["history"]) == without_times(theirs["history"])
-    for weights in ("last", "best"):
+    for weights in clip.WEIGHTS:
         assert all(torch.equal(ours[weights][name], theirs[weights][name]) for name in theirs[weights])
 
 @pytest.fixture(scope="module")
