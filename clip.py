@@ -302,7 +302,7 @@ class CLIP(nn.Module):
 
     @classmethod
     def load(cls, run_dir, epoch="best"):
-        """A run's model, of its "best" epoch or as saved "last", in eval mode on the CPU; else InputError."""
+        """A run's model in eval mode, on the CPU: its mean at the "best" epoch or "last", or the "trained"."""
         state = load_checkpoint(run_dir)
         try:
             model = cls(state["config"])
@@ -492,11 +492,11 @@ SAVE_SECONDS = 20   # least time between checkpoints: a kill loses at most this 
 FREE = ("resume", "device", "compile", "micro_batch", "out")        # flags that a resumed run may change
 
 def train(model, splits, args, run_dir):
-    """Trains all that requires a gradient; returns the history, a row for each epoch: an evaluation of the
-    weights' running mean, over about the last tenth of all steps so far (--ema). Writes log.csv then, and the
-    checkpoint often and when it is stopped. Batches derive from (seed, epoch), crops and dropout from (seed,
-    step): a resumed run, in as many processes and micro-batches, is on the CPU bit for bit the whole one.
-    Raises InputError if the loss is not finite."""
+    """Trains all that requires a gradient; returns the history, a row for each epoch: its loss and recalls
+    are those of the weights' running mean (--ema), over about the last tenth of the steps so far. Writes
+    log.csv each epoch, the checkpoint often and when it is stopped. Batches derive from (seed, epoch), crops
+    and dropout from (seed, step): a resumed run, in as many processes and micro-batches, is on the CPU bit
+    for bit the whole one. Raises InputError if the loss is not finite."""
     split, steps_per_epoch = splits["train"], len(splits["train"].photos) // args.batch_size
     steps = args.epochs * steps_per_epoch
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
@@ -508,7 +508,7 @@ def train(model, splits, args, run_dir):
     model.text_model.embeddings.word_dropout = args.word_dropout
     averaged = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
     trained, mean = ({name: p.detach() for name, p in each.named_parameters() if p.requires_grad}
-                     for each in (model, averaged))
+                     for each in (model, averaged))         # averaged shares what is frozen
     def save(step):
         with data.atomic(run_dir / CHECKPOINT) as temporary:
             torch.save({"config": asdict(model.config), "flags": flags, "last": mean,
@@ -590,12 +590,12 @@ def train(model, splits, args, run_dir):
 
 # --- The command -----------------------------------------------------------------------------------------
 
-# The drawn worlds' defaults: a small model for a small world, and one view, as nothing is cropped there.
+# The drawn worlds' defaults: a small model for a small world; nothing is cropped, left out or averaged.
 DRAWN_DEFAULTS = dict(model="tiny", tokenizer="train", epochs=9, batch_size=128, lr=1e-3, weight_decay=0.1,
                       views=1, captions=1, patch_dropout=0.0, word_dropout=0.0, ema=0.0)
 
 FLAGS = (       # of clip.py and finetune.py: name, default, least, most, help
-    ("epochs", 55, 1, 1e6, "passes over the photos, but for those that fill no last batch"),
+    ("epochs", 55, 1, 1e6, "passes over the photos, less those that fill no whole batch"),
     ("batch-size", 256, 2, 1e6, "photos in a step, on all GPUs together"),
     ("micro-batch", 0, 0, 1e6, "photos that a GPU embeds at once, with crops and captions; 0 is all"),
     ("lr", 5e-4, 0, 1e3, "peak learning rate"),
