@@ -302,7 +302,7 @@ class CLIP(nn.Module):
 
     @classmethod
     def load(cls, run_dir, epoch="best"):
-        """A run's model in eval mode, on the CPU: its mean at the "best" epoch or "last", or the "trained"."""
+        """A run's model in eval mode, on the CPU: its mean at the "best" epoch or "last"; or "trained"."""
         state = load_checkpoint(run_dir)
         try:
             model = cls(state["config"])
