@@ -1986,6 +1986,7 @@ BAD = {
     "no captions of a photo": (None, "--data photos --captions 0", "--captions 0"),
     "all patches dropped": (None, "--data photos --patch-dropout 1", "--patch-dropout 1"),
     "all words dropped": (None, "--data photos --word-dropout 1", "--word-dropout 1"),
+    "a mean that never moves": (None, "--data photos --ema 1.5", "--ema 1.5 is not between 0 and 1"),
     "a negative seed": (None, "--data photos --seed -1", "--seed -1"),
     "an unknown model": (None, "--data photos --model RN50", "RN50"),
     "an unknown text tower": (None, "--data photos --text gpt", "gpt"),
