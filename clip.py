@@ -4,7 +4,6 @@
     python clip.py --epochs 55       ViT-B/16 from scratch on Flickr30k, on a GPU
 
 Radford et al. 2021, arXiv:2103.00020. Module names are Hugging Face's: released weights load unchanged.
-
 Shapes: N photos, M captions of a split; B photos in a batch, V crops and K captions of each, S x S pixels, T
 tokens (words, or patches + 1), C channels of a tower, H heads, D = C / H, P x P pixels a patch, E shared.
 """
@@ -260,7 +259,7 @@ def load_checkpoint(run_dir):
             raise ValueError("NaN or infinity in its weights")
         return state
     except Exception as error:                              # torch.load has a dozen ways to fail
-        raise InputError(f"{path} is missing, damaged or no checkpoint ({error!r:.90})") from error
+        raise InputError(f"{path} is missing, damaged, older or no checkpoint ({error!r:.90})") from error
 
 class CLIP(nn.Module):
     """Two towers and a temperature; `forward`, then contrastive_loss, are figure 3 of the paper."""
@@ -287,8 +286,7 @@ class CLIP(nn.Module):
         return F.normalize(self.text_projection(self.text_model(ids)).float(), dim=-1)
 
     def similarity(self, image_embeds, text_embeds):
-        """exp(logit_scale) x cosine: (B, E) and (B', E) to logits (B, B'). In fp32 even under autocast, for
-        at a scale of 100 bf16 rounds logits to steps of a half."""
+        """exp(logit_scale) x cosine, (B, E) and (B', E) to (B, B'), in fp32: bf16 rounds 100 to a half."""
         expect("image_embeds", image_embeds, "float", "B", "E")
         expect("text_embeds", text_embeds, "float", "B'", image_embeds.shape[1])
         with torch.autocast(image_embeds.device.type, enabled=False):
@@ -513,24 +511,26 @@ def train(model, splits, args, run_dir):
         with data.atomic(run_dir / CHECKPOINT) as temporary:
             torch.save({"config": asdict(model.config), "flags": flags, "last": mean,
                         "best": best or mean, "trained": trained, "optimizer": optimizer.state_dict(),
-                        "history": history, "step": step, "total": total.item(), "seconds": seconds},
-                       temporary)
+                        "history": history, "step": step, "total": total, "seconds": seconds}, temporary)
         if data.stops:                                      # Ctrl-C or SIGTERM came: see data.command
             raise KeyboardInterrupt
     if args.resume and (run_dir / CHECKPOINT).exists():
         state = load_checkpoint(run_dir)
-        if changed := [f"{name} was {state['flags'].get(name)}" for name in flags
-                       if state["flags"].get(name) != flags[name]]:
-            raise InputError(f"{run_dir} is another run ({', '.join(changed)}): give that, or another --out")
-        sizes = [{n: w.shape for n, w in each.items()} for each in (trained, *map(state.get, WEIGHTS))]
-        if sizes != sizes[:1] * 4:
-            raise InputError(f"{run_dir} holds the weights of another model: --out DIR starts a new run")
-        model.load_state_dict(state["trained"], strict=False)
-        averaged.load_state_dict(state["last"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
-        history, best, seconds = state["history"], state["best"], state["seconds"]
-        done, total = state["step"] % steps_per_epoch, total + state["total"]
-        print(f"resumed   after epoch {len(history)}, step {state['step']} of {steps}")
+        try:
+            if changed := [f"{name} was {state['flags'].get(name)}" for name in flags
+                           if state["flags"].get(name) != flags[name]]:
+                raise ValueError(", ".join(changed))
+            sizes = [{n: w.shape for n, w in each.items()} for each in (trained, *map(state.get, WEIGHTS))]
+            if sizes != sizes[:1] * 4:
+                raise ValueError("weights of another model")
+            model.load_state_dict(state["trained"], strict=False)
+            averaged.load_state_dict(state["last"], strict=False)
+            optimizer.load_state_dict(state["optimizer"])
+            history, best, seconds = state["history"], state["best"], state["seconds"]
+            done, total = state["step"] % steps_per_epoch, total + state["total"]
+            print(f"resumed   after epoch {len(history)}, step {state['step']} of {steps}")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{run_dir} can't be resumed ({error}); --out DIR starts another run") from error
     if args.compile:
         compile_parts(model)
     model.train()
@@ -653,7 +653,7 @@ def parse_args(argv):
     if parser.parse_known_args(argv)[0].data in data.DRAWN:
         parser.set_defaults(**DRAWN_DEFAULTS)
     args = checked(parser.parse_args(argv))
-    args.out = args.out or Path("runs") / Path(args.data).resolve().name
+    args.out = args.out or Path("runs") / Path(os.path.abspath(args.data)).name
     return args
 
 def load_data(args, tokenizer, config):

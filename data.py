@@ -59,7 +59,7 @@ def command(argv, parse_args, run):
     except RuntimeError as error:                           # a full GPU, or another process of the job ended
         if not ("alloc" in str(error) or "RANK" in os.environ):
             raise
-        print(f"error: {str(error).splitlines()[0]:.90}; try --micro-batch 64, or --resume", file=sys.stderr)
+        print(f"error: {str(error).splitlines()[0]:.90}; --resume --micro-batch 64 goes on", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped: the same command with --resume goes on from what was saved", file=sys.stderr)

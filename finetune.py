@@ -305,7 +305,7 @@ def parse_args(argv):
     if args.seeds < 1 or any(r < 1 for r in args.r):
         raise InputError("--r and --seeds take whole numbers, 1 at least")
     args.r = list(dict.fromkeys(args.r or ([] if args.full else [64]))) + [0] * args.full
-    args.out = args.out or Path("runs") / f"{Path(args.base).resolve().name}-{Path(args.data).resolve().name}"
+    args.out = args.out or Path("runs", "-".join(Path(x).absolute().name for x in (args.base, args.data)))
     return args
 
 def run(args):

@@ -1255,6 +1255,7 @@ def test_a_run_evaluates_and_keeps_the_running_mean_of_its_weights(ema, monkeypa
     state = clip.load_checkpoint("runs/shapes")
     assert difference(state["last"]["text_projection.weight"], mean) < (1e-6 if ema else 1e-12)
     assert difference(state["trained"]["text_projection.weight"], seen[-1]) == 0
+    assert min(n for n in range(9999) if (1 + n) / (10 + n) >= 0.999) == 8990
     assert ema < 0.999 or 0.09 < age / (step + 1) < 0.11    # "over about the last tenth of all steps so far"
 
 def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine():
@@ -2016,6 +2017,10 @@ BAD = {
     "a checkpoint that runs code": (lambda: checkpoint(lambda state: state | {"best": Trap()}),
                                     OLD, "is missing, damaged"),
     "NaN in a checkpoint": (lambda: checkpoint(with_nan), OLD, "NaN or infinity"),
+    "a checkpoint without the optimizer": (lambda: checkpoint(lambda state: state | {"optimizer": {}}),
+                                           OLD, "can't be resumed"),
+    "a checkpoint without the step": (lambda: checkpoint(lambda state: state | {"step": None}),
+                                      OLD, "can't be resumed"),
 }
 
 @pytest.mark.parametrize("name", BAD)
