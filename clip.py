@@ -286,7 +286,7 @@ class CLIP(nn.Module):
         return F.normalize(self.text_projection(self.text_model(ids)).float(), dim=-1)
 
     def similarity(self, image_embeds, text_embeds):
-        """exp(logit_scale) x cosine, (B, E) and (B', E) to (B, B'), in fp32: bf16 rounds 100 to a half."""
+        """exp(logit_scale) x cosine: (B, E), (B', E) to logits (B, B') in fp32: at 100 bf16 steps by 0.5."""
         expect("image_embeds", image_embeds, "float", "B", "E")
         expect("text_embeds", text_embeds, "float", "B'", image_embeds.shape[1])
         with torch.autocast(image_embeds.device.type, enabled=False):

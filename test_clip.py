@@ -1256,7 +1256,7 @@ def test_a_run_evaluates_and_keeps_the_running_mean_of_its_weights(ema, monkeypa
     assert difference(state["last"]["text_projection.weight"], mean) < (1e-6 if ema else 1e-12)
     assert difference(state["trained"]["text_projection.weight"], seen[-1]) == 0
     assert min(n for n in range(9999) if (1 + n) / (10 + n) >= 0.999) == 8990
-    assert ema < 0.999 or 0.09 < age / (step + 1) < 0.11    # "over about the last tenth of all steps so far"
+    assert ema < 0.999 or 0.09 < age / (step + 1) < 0.11    # "over about the last tenth of the steps so far"
 
 def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine():
     rates = [clip.learning_rate(step, 1000, 2.0, 0.1) for step in range(1000)]
@@ -1987,7 +1987,7 @@ BAD = {
     "no captions of a photo": (None, "--data photos --captions 0", "--captions 0"),
     "all patches dropped": (None, "--data photos --patch-dropout 1", "--patch-dropout 1"),
     "all words dropped": (None, "--data photos --word-dropout 1", "--word-dropout 1"),
-    "a mean that never moves": (None, "--data photos --ema 1.5", "--ema 1.5 is not between 0 and 1"),
+    "a decay above 1": (None, "--data photos --ema 1.5", "--ema 1.5 is not between 0 and 1"),
     "a negative seed": (None, "--data photos --seed -1", "--seed -1"),
     "an unknown model": (None, "--data photos --model RN50", "RN50"),
     "an unknown text tower": (None, "--data photos --text gpt", "gpt"),
