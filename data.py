@@ -1,382 +1,87 @@
-"""Photos and captions to batches: Flickr30k in every form people have it, and two drawn worlds.
+"""Photos and captions to batches: Flickr30k in every form people have it, and two drawn worlds. Behind them
+stands what is no part of CLIP: pictures and reports of a run, and what a command needs.
 
 `load` returns the splits train, val and perhaps test: all photos as one uint8 array, all captions as one of
 ids. A batch is two look-ups and an `augment`; there are no workers.
+
+Shapes: N photos, M captions of a split; B photos in a batch, S x S pixels, T tokens, G x G patches.
 """
+
 import argparse
+import atexit
 import csv
-import errno
+import functools
 import hashlib
 import io
 import itertools
 import json
+import math
 import os
-import platform
 import random
 import re
 import shutil
 import signal
 import sys
+import textwrap
 import warnings
+import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw, ImageOps
+
 
 class InputError(ValueError):
     """What the user gave can't be used. The message is one line: what is wrong, and what to do."""
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):       # wrong flags end a command as all bad input does
-        raise InputError(f"{message}; --help lists the flags")
 
-stops, patience = [], 0     # stop signals that came, and how many of them wait for the end of a step
+def in_words(error):
+    """What an exception says, as one line of a message: the system's own words where it has some."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split())[:150]
 
-def command(argv, parse_args, run):
-    """Runs a command and returns its exit code: bad input, or an OSError, is one line on stderr and 2; Ctrl-C
-    is one and 130, SIGTERM one and 143. Warnings, the libraries' own, are shown with python -W default."""
-    global stops, patience
-    stops, patience = [], 0
-    def stop(number, frame):
-        stops.append(number)
-        if len(stops) > patience:
-            raise KeyboardInterrupt
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")
-    try:
-        run(parse_args(argv))
-        return 0
-    except (InputError, OSError, UnicodeError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except RuntimeError as error:                           # a full GPU, or another process of the job ended
-        if not ("alloc" in str(error) or "RANK" in os.environ):
-            raise
-        print(f"error: {str(error).splitlines()[0]:.90}; --resume --micro-batch 64 goes on", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped: the same command with --resume goes on from what was saved", file=sys.stderr)
-        return 128 + (stops or [signal.SIGINT])[0]
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
-def remove(path):
-    """Removes a file or folder that may be there."""
-    shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink(missing_ok=True)
+# --- Splits and batches ------------------------------------------------------------------------------
 
-@contextmanager
-def atomic(path):
-    """Yields a temporary path to write; at the end of the block it becomes `path`, after an error it goes."""
-    tail = f"@{platform.node()}.{path.name}"
-    temporary = path.with_name(f".{os.getpid()}{tail}")
-    for left in path.parent.glob(f".*{tail}"):              # of killed processes, perhaps of our own number
-        running = not Path("/proc").exists() or Path("/proc", left.name[1:].split("@")[0]).exists()
-        if left == temporary or not running:
-            remove(left)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:                # torch says RuntimeError where the disk is full
-        if getattr(error, "errno", None) != errno.ENOTEMPTY:        # else another run has just built the same
-            raise InputError(f"can't write {path}: is the disk full or read-only? ({error!r:.90})") from error
-    finally:
-        remove(temporary)
-
-# --- Captions --------------------------------------------------------------------------------------------
-
-def read_karpathy(text):
-    """Karpathy's dataset_*.json: {"images": [{"filename", "split", "sentences": [{"raw"}, ...]}, ...]}."""
-    for image in json.loads(text)["images"]:
-        yield image["filename"], image["split"], [sentence["raw"] for sentence in image["sentences"]]
-
-def csv_rows(text):
-    """The rows of a CSV file, as dicts. An unquoted comma or a lost quote would cut a caption: ValueError."""
-    for row in csv.DictReader(io.StringIO(text, newline=""), strict=True):
-        if None in row or None in row.values():
-            raise ValueError(f"this row has more or fewer cells than the header: {list(row.values())[:2]}")
-        yield row
-
-def read_hub(text):
-    """flickr_annotations_30k.csv of the hub's nlphuji/flickr30k, with columns raw (JSON), split, filename."""
-    for row in csv_rows(text):
-        yield row["filename"], row["split"], json.loads(row["raw"])
-
-def read_kaggle(text):
-    """Kaggle's results.csv: lines `name.jpg| 0| caption`. One line of the published file has lost its second
-    bar (`2199200615.jpg| 4   A dog runs ...`), which this pattern forgives."""
-    for i, line in enumerate(filter(str.strip, text.split("\n"))):
-        row = re.fullmatch(r"([^|]+)\|\s*\d+\s*\|?(.*)", line.strip())
-        if row:
-            yield row[1].strip(), None, [row[2]]
-        elif i:                                             # line 0 is a header
-            raise ValueError(f"this line is not `name.jpg| 0| caption`: {line[:60]!r}")
-
-def read_flickr8k(text):
-    """Flickr8k's captions.txt: a CSV with the header `image,caption`."""
-    for row in csv_rows(text):
-        yield row["image"], None, [row["caption"]]
-
-# A reader yields (photo, split or None, captions). Those that know the published split come first, and win.
-READERS = {"dataset_*.json": read_karpathy, "flickr_annotations_30k.csv": read_hub,
-           "results.csv": read_kaggle, "captions.txt": read_flickr8k}
-
-def read_captions(folder):
-    """The captions file in a folder or one deeper (of dataset_X.json one with X in its path): (path, {name:
-    (split, captions)}); else InputError. Without splits a photo's name decides, 1 in 20 each to val, test."""
-    found = [(path, pattern) for pattern in READERS for depth in ("", "*/") for path in sorted(
-             Path(folder).glob(depth + pattern), key=lambda path: (path.stem[8:] not in str(folder), path))]
-    if not found:
-        wrong = "no captions in it or one folder deeper" if Path(folder).is_dir() else "no such folder"
-        raise InputError(f"--data {folder}: {wrong}; looked for {', '.join(READERS)}; {[*DRAWN]} need none")
-    (path, pattern), photos, captions = found[0], {}, {}
-    try:
-        for name, split, sentences in READERS[pattern](path.read_text(encoding="utf-8-sig")):
-            kept = (" ".join(sentence.split()) for sentence in sentences if sentence)
-            photos.setdefault(str(name), (split, []))[1].extend(filter(None, kept))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:
-        raise InputError(f"{path} can't be read as a {pattern}: {error!r:.150}") from error
-    for name, (split, sentences) in photos.items():
-        if split is None:
-            split = {0: "val", 1: "test"}.get(int(hashlib.md5(name.encode()).hexdigest(), 16) % 20, "train")
-        if split not in ("train", "restval", "val", "test"):
-            raise InputError(f"{path} puts {name} into {split!r}, which is none of train, val and test")
-        if sentences:
-            captions[name] = split.replace("restval", "train"), sentences      # restval: more for training
-    if not captions:
-        raise InputError(f"{path} holds no captions")
-    return path, captions
-
-def download(folder):
-    """Fetches Flickr30k into `folder`, which appears whole; till then it is `<folder>.partial`."""
-    import zipfile
-    from huggingface_hub import hf_hub_download
-    print("Flickr30k: 4.4 GB from the Hugging Face hub (nlphuji/flickr30k). The photos belong to their\n"
-          "authors on Flickr; use is for non-commercial research and education only.", flush=True)
-    partial = Path(f"{folder}.partial")
-    try:
-        for name in ("flickr_annotations_30k.csv", "flickr30k-images.zip"):
-            path = Path(hf_hub_download("nlphuji/flickr30k", name, repo_type="dataset", local_dir=partial))
-        with zipfile.ZipFile(path) as archive:
-            if sum(member.file_size for member in archive.infolist()) > 20 * 2**30:
-                raise ValueError(f"{path} would unpack to more than 20 GiB: it is not the published file")
-            archive.extractall(partial)                     # drops `..` and absolute paths, makes no links
-    except Exception as error:                              # the hub's client has dozens of kinds
-        raise InputError(f"Flickr30k is not in ./{folder} and can't be fetched ({error!r:.150}): give your "
-                         f"copy with --data DIR, try --data shapes, or delete {partial} first") from error
-    path.unlink()
-    os.replace(partial, folder)
-
-# --- Photos ----------------------------------------------------------------------------------------------
-
-def load_photo(path, size):
-    """A file to (size, size, 3) uint8: the shorter side resized to `size` with PIL's bicubic filter, then the
-    middle cut out. For upright RGB photos that is CLIPImageProcessor with PIL, bit for bit."""
-    with Image.open(path) as image:
-        if image.mode[0] in "IF":
-            raise ValueError("more than 8 bits a channel, which PIL would cut to white")
-        image = ImageOps.exif_transpose(image)
-        if image.has_transparency_data:                     # what shows through is white, as on a page
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        image = image.convert("RGB")
-    if max(image.size) > 20 * min(image.size):              # a 1 x 4000 strip would become 224 x 896,000
-        image = ImageOps.fit(image, [min(side, 20 * min(image.size)) for side in image.size])
-    width, height = (int(size * side / min(image.size)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return np.asarray(image.crop((left, top, left + size, top + size)))
-
-def find_photos(captions_file, names):
-    """{name: path} of photos beside the captions file or one folder deeper; of missing ones, any."""
-    if bad := next((name for name in names if Path(name).name != name), None):
-        raise InputError(f"{captions_file} names the photo {bad!r}: give a file name without folders")
-    folder = captions_file.parent
-    folders = [*sorted(path for path in folder.iterdir() if path.is_dir()), folder]     # the last one wins
-    paths = {path.name: path for place in folders for path in place.iterdir()}
-    return {name: paths.get(name, folder / name) for name in names}
-
-def build_store(store, photos, size):
-    """Decodes photos {name: path} in parallel into `store`: size x size x 3 bytes each, in order, and the
-    names of those that could be read in names.json. The folder appears whole or not at all."""
-    from tqdm import tqdm
-    store.parent.mkdir(parents=True, exist_ok=True)
-    names, broken = [], []
-    def decode(path):
-        try:
-            return load_photo(path, size) if path.is_file() else None       # no pipe, which never ends
-        except Exception:                                   # PIL raises almost anything on a damaged file
-            return None
-    with atomic(store) as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
-        temporary.mkdir()
-        with open(temporary / "photos.uint8", "wb") as file:
-            decoded = pool.map(decode, photos.values())     # threads do: PIL lets go of Python's lock
-            for name, photo in zip(tqdm(photos, "decoding", mininterval=1), decoded):
-                (broken if photo is None else names).append(name)
-                file.write(b"" if photo is None else photo)
-        if len(broken) > 0.01 * len(photos):
-            raise InputError(f"{len(broken)} of {len(photos)} photos are missing or broken, as {broken[0]}")
-        (temporary / "names.json").write_text(json.dumps(names))
-    if broken:
-        print(f"warning: left out, missing or not to be read: {', '.join(broken)}", file=sys.stderr)
-
-def photo_store(photos, size, cache):
-    """Photos {name: path} as (names, uint8 (N, size, size, 3)), memory-mapped, writes stay in memory.
-    Reused while names, the files' sizes and times, and `size` are the same: the hash is its folder's name."""
-    stats = [(name, os.path.isfile(path) and (os.path.getsize(path), os.stat(path).st_mtime_ns))
-             for name, path in photos.items()]
-    store = Path(cache) / hashlib.sha256(json.dumps([size, stats]).encode()).hexdigest()[:16]
-    if not store.exists():
-        build_store(store, photos, size)
-    try:
-        names = json.loads((store / "names.json").read_text())
-        return names, np.memmap(store / "photos.uint8", np.uint8, mode="c", shape=(len(names), size, size, 3))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{store} is damaged: delete it, and it is made again ({error!r:.90})") from error
-
-# --- Two drawn worlds ------------------------------------------------------------------------------------
-
-DRAWN = {"shapes": 10_000, "sketches": 3_000}               # training scenes
-SIZES = {"small": 0.13, "large": 0.22}                      # radius as a share of the picture's side
-COLOURS = {"red": (225, 35, 35), "green": (30, 160, 60), "blue": (40, 80, 230), "yellow": (245, 210, 30),
-           "purple": (150, 50, 180), "cyan": (60, 210, 225)}
-SHAPES = "circle", "square", "triangle", "cross", "ring"
-PLACES = {"top left": (0.27, 0.27), "top right": (0.73, 0.27),
-          "bottom left": (0.27, 0.73), "bottom right": (0.73, 0.73)}
-GROUNDS = {"white": (250, 250, 250), "grey": (128, 128, 128), "black": (10, 10, 10)}
-TEMPLATES = (
-    "a {a} at the {place_a} and a {b} at the {place_b} on a {ground} background",
-    "{ground} background with {a} {place_a} , {b} {place_b}",
-    "in the {place_a} corner a {a} , in the {place_b} corner a {b} , on {ground}",
-    "on {ground} , a {a} at the {place_a} , {where} a {b}",
-    "the {place_a} {A[2]} is {A[0]} and {A[1]} , {where} a {B[2]} that is {B[0]} and {B[1]} , on {ground}",
-)
-WHERE = {(-1, 0): "left of", (1, 0): "right of", (0, -1): "above", (0, 1): "below"}
-# `sketches` is the same world in outlines, on other backgrounds, which have other names, as the shapes have.
-SKETCH_GROUNDS = {"white": (255, 225, 190), "grey": (150, 190, 160), "black": (50, 30, 70)}
-SKETCH_WORDS = {"white": "peach", "grey": "sage", "black": "plum", "background": "paper", "circle": "disc",
-                "square": "box", "triangle": "wedge", "cross": "plus", "ring": "hoop"}
-
-@cache
-def all_scenes(seed):
-    """All 64,800 scenes, shuffled: ((thing, place), (thing, place), ground), thing (size, colour, shape)."""
-    objects = list(itertools.product(SIZES, COLOURS, SHAPES))
-    scenes = [((a, place_a), (b, place_b), ground) for a in objects for b in objects
-              for place_a, place_b in itertools.combinations(PLACES, 2) for ground in GROUNDS]
-    random.Random(seed).shuffle(scenes)
-    return scenes
-
-def draw(scene, side, rng, sketch=False):
-    """A scene as (side, side, 3) uint8, objects shaken a little by `rng`, drawn at four times the size."""
-    *objects, ground = scene
-    image = Image.new("RGB", (4 * side, 4 * side), (SKETCH_GROUNDS if sketch else GROUNDS)[ground])
-    for (size, colour, shape), place in objects:
-        radius = 4 * side * SIZES[size] * rng.uniform(0.95, 1.05)
-        x, y = (4 * side * (centre + rng.uniform(-0.02, 0.02)) for centre in PLACES[place])
-        box, mask = (x - radius, y - radius, x + radius, y + radius), Image.new("L", image.size)
-        pen, fill = (ImageDraw.Draw(mask), 255) if sketch else (ImageDraw.Draw(image), COLOURS[colour])
-        if shape == "triangle":
-            pen.polygon([(x, y - radius), (x + radius, y + radius), (x - radius, y + radius)], fill)
-        elif shape == "cross":
-            pen.rectangle((x - radius, y - radius / 3, x + radius, y + radius / 3), fill)
-            pen.rectangle((x - radius / 3, y - radius, x + radius / 3, y + radius), fill)
-        elif shape == "square":
-            pen.rectangle(box, fill)
-        else:
-            pen.ellipse(box, fill if shape == "circle" else None, fill, width=round(radius * 0.4))
-        if sketch:                                          # the outline: the shape without its inside
-            inside, reach = mask, side // 6
-            for dx, dy in ((reach, 0), (-reach, 0), (0, reach), (0, -reach)):
-                inside = ImageChops.darker(inside, ImageChops.offset(mask, dx, dy))
-            image.paste(COLOURS[colour], mask=ImageChops.subtract(mask, inside))
-    return np.asarray(image.reduce(4))
-
-def captions_of(scene, rng, sketch=False):
-    """Five captions of a scene, its objects in an order that `rng` draws. Each of them says everything."""
-    *objects, ground = scene
-    captions = []
-    for template in TEMPLATES:
-        rng.shuffle(objects)
-        (a, place_a), (b, place_b) = objects
-        (x_a, y_a), (x_b, y_b) = PLACES[place_a], PLACES[place_b]
-        where = WHERE.get((np.sign(x_a - x_b), np.sign(y_a - y_b)), "across from")
-        words = template.format(a=" ".join(a), b=" ".join(b), A=a, B=b, place_a=place_a, place_b=place_b,
-                                where=where, ground=ground).split()
-        captions.append(" ".join(SKETCH_WORDS.get(word, word) if sketch else word for word in words))
-    return captions
-
-def load_drawn(sizes, side, sketch=False, seed=0):
-    """For each split of a drawn world, of sizes {split: scenes}: (names, photos, sentences of each)."""
-    splits, index = {}, itertools.count()
-    for split, count in sizes.items():
-        rows = []
-        for i in itertools.islice(index, count):
-            scene, rng = all_scenes(seed)[i], random.Random(f"{seed}/{i}")
-            rows.append((f"{i:05d}", draw(scene, side, rng, sketch), captions_of(scene, rng, sketch)))
-        names, photos, sentences = zip(*rows)
-        splits[split] = list(names), np.stack(photos), sentences
-    return splits
-
-# --- Tokenizer -------------------------------------------------------------------------------------------
-
-def train_tokenizer(captions, vocab_size=8192):
-    """A CLIP tokenizer for these captions, made as OpenAI made theirs: 256 bytes, 256 that end a word (given,
-    so that ties fall alike each time), the merges that BPE finds, then both markers, the end token last."""
-    from tokenizers import pre_tokenizers, trainers
-    from transformers import CLIPTokenizer
-    blank = CLIPTokenizer().backend_tokenizer
-    letters = [byte + end for end in ("", "</w>") for byte in sorted(pre_tokenizers.ByteLevel.alphabet())]
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, special_tokens=letters, show_progress=False,
-                                  end_of_word_suffix="</w>")
-    blank.train_from_iterator(captions, trainer)
-    merges = [tuple(merge) for merge in json.loads(blank.to_str())["model"]["merges"]]
-    tokens = [*letters, *("".join(merge) for merge in merges), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges=merges)
-
-def load_tokenizer(name):
-    """A CLIPTokenizer from the hub or a folder. Raises InputError where there is none."""
-    from transformers import CLIPTokenizer
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(name)
-        assert len(tokenizer) > 3                           # an empty one is what no folder gives, offline
-        return tokenizer
-    except Exception as error:                              # the hub's client has dozens of kinds
-        raise InputError(f"no tokenizer {name}: give its folder, a hub name if online, or `train`") from error
-
-def tokenize(tokenizer, captions, context=77):
-    """Captions to int32 ids (len(captions), context). Longer ones are cut, and keep their end token: that is
-    where the model reads the caption's embedding (openai/CLIP #212)."""
-    form = dict(padding="max_length", truncation=True, max_length=context)
-    parts = (captions[i:i + 5000] for i in range(0, len(captions), 5000))       # lists of all ids fill memory
-    return torch.cat([torch.tensor(tokenizer(part, **form)["input_ids"]).int() for part in parts])
-
-# --- Splits and batches ----------------------------------------------------------------------------------
 
 @dataclass
 class Split:
-    """photos (N, S, S, 3) uint8; names N; captions M, in the order of the photos; owner (M,): the photo that
-    each caption describes; ids (M, context) int32; lengths (M,) of the captions, with both markers."""
-    photos: torch.Tensor
-    names: list
-    captions: list
-    owner: torch.Tensor
-    ids: torch.Tensor
-    lengths: torch.Tensor
+    """Photos with their captions, which stand in the order of their photos: photo 0's, then photo 1's..."""
+
+    photos: torch.Tensor  # (N, S, S, 3) uint8
+    names: list  # N, of the photos
+    captions: list  # M
+    owner: torch.Tensor  # (M,): row of the photo that each caption describes
+    ids: torch.Tensor  # (M, context) int32: the captions as tokens, padded
+    lengths: torch.Tensor  # (M,): tokens of each caption, with both markers
+    source: str = ""  # what `load` was given: a drawn world or a folder
+
+    def first_captions(self):
+        """(first, count), both (N,): the row of each photo's first caption, and how many it has."""
+        count = self.owner.bincount(minlength=len(self.photos))
+        first = count.cumsum(0) - count  # the captions of the photos before it
+        return first, count
 
     def pairs(self, seed, epoch, captions=1):
         """(N, 1 + captions): a photo's row, then rows of captions of its own (again if too few), ordered by
         (seed, epoch). Each photo once: none meets itself in a batch as a negative (vsepp #6)."""
         rng = np.random.default_rng([seed, epoch])
-        photo = torch.from_numpy(rng.permutation(len(self.photos)))
-        first, count = torch.searchsorted(self.owner, photo), self.owner.bincount()[photo]      # (N,), (N,)
-        turn = torch.from_numpy(rng.integers(count.numpy()))[:, None] + torch.arange(captions)
-        return torch.cat([photo[:, None], first[:, None] + turn % count[:, None]], dim=1)
+        photo = torch.from_numpy(rng.permutation(len(self.photos)))  # (N,)
+        first, count = self.first_captions()
+        first, count = first[photo], count[photo]
+
+        # One of the photo's captions at random, and those after it; after the last comes the first.
+        start = torch.from_numpy(rng.integers(count.numpy()))  # (N,)
+        turn = (start[:, None] + torch.arange(captions)) % count[:, None]  # (N, captions)
+        return torch.cat([photo[:, None], first[:, None] + turn], dim=1)
 
     def place(self, device):
         """Moves the photos to a GPU where they fill at most half of what is free; else batches are read."""
@@ -389,42 +94,102 @@ class Split:
 
     def tokens(self, rows, device):
         """Ids of captions `rows`, (len(rows), T) int32. T is a multiple of 8 or all: each T is compiled."""
-        longest = -(-int(self.lengths[rows].max()) // 8) * 8
+        longest = int(self.lengths[rows].max())
+        longest = math.ceil(longest / 8) * 8
         return self.ids[rows, :longest].to(device, non_blocking=True)
 
-def make_split(names, photos, sentences, tokenizer, context):
-    """A Split of photos (N, S, S, 3) uint8, with for each of them the list of its sentences."""
-    owner = np.repeat(np.arange(len(names)), [len(own) for own in sentences])
-    captions = [caption for own in sentences for caption in own]
-    ids = tokenize(tokenizer, captions, context)
-    return Split(torch.from_numpy(photos), names, captions, torch.from_numpy(owner), ids,
-                 lengths=(ids == tokenizer.eos_token_id).int().argmax(dim=1) + 1)
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)   # of OpenAI's photos
+def make_split(names, photos, sentences, tokenizer, context, source=""):
+    """A Split of photos, an array (N, S, S, 3) uint8, with for each of them the list of its sentences."""
+    captions, owner = [], []
+    for row, own in enumerate(sentences):
+        captions.extend(own)
+        owner.extend([row] * len(own))
+
+    ids = tokenize(tokenizer, captions, context)
+    lengths = (ids == tokenizer.eos_token_id).int().argmax(dim=1) + 1  # argmax is the first of equals
+    return Split(torch.from_numpy(photos), names, captions, torch.tensor(owner), ids, lengths, source)
+
+
+def fingerprint(splits):
+    """A number of the photos' names and the captions' tokens: the same wherever these lie."""
+    number = 0
+    for split in splits.values():
+        number = zlib.crc32(repr(split.names).encode(), number)
+        number = zlib.crc32(split.ids.numpy(), number)
+    return number
+
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's photos
+
 
 def normalize(photos):
     """uint8 (B, S, S, 3) to the (B, 3, S, S) float that the model takes, each channel about N(0, 1)."""
     mean, std = torch.tensor([MEAN, STD]).to(photos.device, non_blocking=True)
     return ((photos / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
+
 def augment(photos, size, scale=(0.4, 1.0), ratio=(3 / 4, 4 / 3)):
     """uint8 (B, S, S, 3) to normalised (B, 3, size, size): a random crop of `scale` of the area with sides in
     `ratio` (less where it would stick out), mirrored or not; on the photos' device, for all at once."""
     B, device = len(photos), photos.device
+
+    # Sides of each crop as shares of the photo's: width * height = area, width / height = aspect. The
+    # logarithm of the aspect is uniform, so that 3:4 is as likely as 4:3.
     area = torch.empty(B, device=device).uniform_(*scale)
     aspect = torch.empty(B, device=device).uniform_(*np.log(ratio)).exp()
-    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)    # shares
-    mirror = torch.randint(2, (B,), device=device) * 2 - 1
-    # Where output pixel (x, y) comes from, with all coordinates from -1 to 1.
-    centres = (torch.arange(size, device=device) * 2 + 1) / size - 1                    # (size,)
-    x, y = (centres * side[:, None] + ((1 - side.abs()) * torch.empty_like(side).uniform_(-1, 1))[:, None]
-            for side in (width * mirror, height))                                       # (B, size) each
-    grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1)   # (B, size, size, 2)
+    width = (area * aspect).sqrt().clamp(max=1)
+    height = (area / aspect).sqrt().clamp(max=1)
+    mirror = torch.randint(2, (B,), device=device) * 2 - 1  # 1 or -1, which is read from right to left
+
+    # The photo reaches from -1 to 1, as grid_sample wants it. A crop of half the width may then have its
+    # centre up to 1/2 from the middle, and one of the whole width stays there.
+    centre_x = (1 - width) * torch.empty_like(width).uniform_(-1, 1)
+    centre_y = (1 - height) * torch.empty_like(height).uniform_(-1, 1)
+
+    # Where output pixel (x, y) comes from. `pixels` are the middles of `size` pixels between -1 and 1.
+    pixels = (torch.arange(size, device=device) * 2 + 1) / size - 1
+    x = centre_x[:, None] + pixels * (width * mirror)[:, None]  # (B, size)
+    y = centre_y[:, None] + pixels * height[:, None]  # (B, size)
+    x, y = torch.broadcast_tensors(x[:, None, :], y[:, :, None])
+    grid = torch.stack([x, y], dim=-1)  # (B, size, size, 2)
     return F.grid_sample(normalize(photos), grid, padding_mode="border", align_corners=False)
 
+
+# --- Loading a folder --------------------------------------------------------------------------------
+
+
+def download(folder):
+    """Fetches Flickr30k into `folder`, which appears whole; till then it is `<folder>.partial`, where a
+    download that broke off goes on."""
+    from huggingface_hub import hf_hub_download
+
+    print(
+        "Flickr30k: 4.4 GB from the Hugging Face hub (nlphuji/flickr30k). The photos belong to their\n"
+        "authors on Flickr; use is for non-commercial research and education only.",
+        flush=True,
+    )
+    partial = Path(f"{folder}.partial")
+    try:
+        for name in ("flickr_annotations_30k.csv", "flickr30k-images.zip"):
+            path = Path(hf_hub_download("nlphuji/flickr30k", name, repo_type="dataset", local_dir=partial))
+        with zipfile.ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > 20 * 2**30:
+                raise ValueError(f"{path} would unpack to more than 20 GiB: it is not the published file")
+            archive.extractall(partial)  # drops `..` and absolute paths, makes no links
+    except Exception as error:  # the hub's client has dozens of kinds
+        raise InputError(
+            f"Flickr30k is not in ./{folder} and can't be fetched ({in_words(error)}): give your copy with "
+            f"--data DIR, try --data shapes, or delete {partial} first"
+        ) from error
+    path.unlink()
+    os.replace(partial, folder)
+
+
 def load_flickr(captions_file, captions, image_size, cache):
-    """Splits of what read_captions gave, with photos: for each split (names, photos, sentences of each)."""
-    paths, splits = find_photos(captions_file, captions), {}
+    """Splits of what read_captions gave, with photos: {split: (names, photos, sentences of each)}."""
+    paths = find_photos(captions_file, captions)
+    splits = {}
     for split in ("train", "val", "test"):
         chosen = {name: path for name, path in paths.items() if captions[name][0] == split}
         if chosen:
@@ -436,15 +201,860 @@ def load_flickr(captions_file, captions, image_size, cache):
             raise InputError(f"{captions_file} has no {split} photos, too few? dataset_*.json can name them")
     return splits
 
+
 def load(name, tokenizer, image_size, context=77, cache="cache"):
     """({"train", "val" and perhaps "test": Split}, tokenizer) of the data `name`, a drawn world or a folder,
     for a model of this image_size and context (tokens). tokenizer: hub name, folder or "train"."""
     if name == "flickr30k" and not Path(name).exists():
         download(name)
-    captions = None if name in DRAWN else read_captions(name)       # a wrong folder is said before all else
-    tokenizer = tokenizer if tokenizer == "train" else load_tokenizer(tokenizer)
-    parts = (load_flickr(*captions, image_size, cache) if captions else
-             load_drawn({"val": 500, "test": 500, "train": DRAWN[name]}, image_size, name == "sketches"))
+
+    # What needs no time comes first: a wrong folder or tokenizer is said before photos are decoded.
+    if name not in DRAWN:
+        captions_file, captions = read_captions(name)
+    if tokenizer != "train":
+        tokenizer = load_tokenizer(tokenizer)
+
+    if name in DRAWN:
+        sizes = {"val": 500, "test": 500, "train": DRAWN[name]}
+        parts = load_drawn(sizes, image_size, name == "sketches")
+    else:
+        parts = load_flickr(captions_file, captions, image_size, cache)
+
     if tokenizer == "train":
-        tokenizer = train_tokenizer(itertools.chain(*parts["train"][2]))
-    return {split: make_split(*part, tokenizer, context) for split, part in parts.items()}, tokenizer
+        _, _, sentences = parts["train"]
+        tokenizer = train_tokenizer(itertools.chain(*sentences))
+
+    splits = {}
+    for split, (names, photos, sentences) in parts.items():
+        splits[split] = make_split(names, photos, sentences, tokenizer, context, str(name))
+    return splits, tokenizer
+
+
+# --- Captions ----------------------------------------------------------------------------------------
+
+
+def read_karpathy(text):
+    """Karpathy's dataset_*.json: {"images": [{"filename", "split", "sentences": [{"raw"}, ...]}, ...]}."""
+    for image in json.loads(text)["images"]:
+        yield image["filename"], image["split"], [sentence["raw"] for sentence in image["sentences"]]
+
+
+def csv_rows(text):
+    """The rows of a CSV file, as dicts. An unquoted comma or a lost quote would cut a caption: ValueError or
+    csv.Error."""
+    for row in csv.DictReader(io.StringIO(text, newline=""), strict=True):
+        if None in row or None in row.values():  # DictReader's key for cells too many, its value for missing
+            raise ValueError(f"this row has more or fewer cells than the header: {[*row.values()][:2]}")
+        yield row
+
+
+def read_hub(text):
+    """flickr_annotations_30k.csv of the hub's nlphuji/flickr30k, with columns raw (JSON), split, filename."""
+    for row in csv_rows(text):
+        yield row["filename"], row["split"], json.loads(row["raw"])
+
+
+def read_kaggle(text):
+    """Kaggle's results.csv: lines `name.jpg| 0| caption`. One line of the published file has lost its second
+    bar (`2199200615.jpg| 4   A dog runs ...`), which this pattern forgives."""
+    # Not splitlines(), which would also cut at odd separators within a caption.
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    for i, line in enumerate(lines):
+        row = re.fullmatch(r"([^|]+)\|\s*\d+\s*\|?(.*)", line)
+        if row:
+            yield row[1].strip(), None, [row[2]]
+        elif i > 0:  # line 0 is a header
+            raise ValueError(f"this line is not `name.jpg| 0| caption`: {line[:60]!r}")
+
+
+def read_flickr8k(text):
+    """Flickr8k's captions.txt: a CSV with the header `image,caption`."""
+    for row in csv_rows(text):
+        yield row["image"], None, [row["caption"]]
+
+
+# A reader yields (photo, split or None, captions). Those that know the published split come first, and win.
+READERS = {
+    "dataset_*.json": read_karpathy,
+    "flickr_annotations_30k.csv": read_hub,
+    "results.csv": read_kaggle,
+    "captions.txt": read_flickr8k,
+}
+
+
+def find_captions(folder):
+    """(path, pattern in READERS) of the captions file in a folder or one deeper. InputError without any."""
+    for pattern in READERS:
+        for depth in ("", "*/"):
+            paths = sorted(Path(folder).glob(depth + pattern))
+            # Of Karpathy's three files, which come together, the one named like the folder.
+            alike = [path for path in paths if path.stem.removeprefix("dataset_") in str(folder)]
+            if paths:
+                return (alike or paths)[0], pattern
+    wrong = "no captions in it or one folder deeper" if Path(folder).is_dir() else "no such folder"
+    raise InputError(f"--data {folder}: {wrong}; looked for {', '.join(READERS)}; {[*DRAWN]} need none")
+
+
+def split_of(name):
+    """Where no file says it, a photo's name decides its split, whatever other photos there are: 1 in 20 goes
+    to val, 1 in 20 to test."""
+    number = int(hashlib.md5(name.encode()).hexdigest(), 16) % 20
+    return {0: "val", 1: "test"}.get(number, "train")
+
+
+def read_captions(folder):
+    """The captions file in a folder or one deeper: (path, {name: (split, captions)}), photos and captions in
+    the order of the file. InputError for a file that isn't whole, or of another form."""
+    path, pattern = find_captions(folder)
+    photos = {}
+    try:
+        for name, split, sentences in READERS[pattern](path.read_text(encoding="utf-8-sig")):
+            _, kept = photos.setdefault(str(name), (split, []))
+            for sentence in sentences:
+                if sentence and sentence.strip():
+                    kept.append(" ".join(sentence.split()))
+    except KeyError as error:  # its text is the key, in quotes: a field of JSON, or a column
+        raise InputError(f"{path} can't be read as a {pattern}: {error} is missing in it") from error
+    except (TypeError, AttributeError, RecursionError) as error:  # JSON, but of something else
+        raise InputError(f"{path} can't be read as a {pattern}: it is built in another way") from error
+    except (ValueError, csv.Error) as error:
+        raise InputError(f"{path} can't be read as a {pattern}: {in_words(error)}") from error
+
+    captions = {}
+    for name, (split, sentences) in photos.items():
+        if split is None:
+            split = split_of(name)
+        if split not in ("train", "restval", "val", "test"):
+            raise InputError(f"{path} puts {name} into {split!r}, which is none of train, val and test")
+        if split == "restval":  # Karpathy's name for more photos to train on
+            split = "train"
+        if sentences:
+            captions[name] = split, sentences
+    if not captions:
+        raise InputError(f"{path} holds no captions")
+    return path, captions
+
+
+# --- Photos ------------------------------------------------------------------------------------------
+
+
+def load_photo(path, size):
+    """A file to (size, size, 3) uint8: the shorter side resized to `size` with PIL's bicubic filter, then the
+    middle cut out. For upright RGB photos that is CLIPImageProcessor with PIL, bit for bit."""
+    with Image.open(path) as image:
+        if image.mode[0] in "IF":
+            raise ValueError("more than 8 bits a channel, which PIL would cut to white")
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:  # what shows through is white, as on a page
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        image = image.convert("RGB")
+
+    width, height = image.size
+    shorter = min(width, height)
+    if max(width, height) > 20 * shorter:  # a 1 x 4000 strip would become 224 x 896,000
+        width, height = min(width, 20 * shorter), min(height, 20 * shorter)
+        image = ImageOps.fit(image, (width, height))
+
+    width, height = int(size * width / shorter), int(size * height / shorter)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def find_photos(captions_file, names):
+    """{name: path} of photos beside the captions file or one folder deeper; of missing ones, any."""
+    for name in names:
+        if Path(name).name != name:
+            raise InputError(f"{captions_file} names the photo {name!r}: give a file name without folders")
+
+    folder = captions_file.parent
+    folders = sorted(path for path in folder.iterdir() if path.is_dir())
+    paths = {}
+    for place in [*folders, folder]:  # of two photos with the same name the last one wins
+        for path in place.iterdir():
+            paths[path.name] = path
+    return {name: paths.get(name, folder / name) for name in names}
+
+
+@contextmanager
+def atomic(path):
+    """Yields a temporary path to write, a file or a folder. At the end of the block it becomes `path`, which
+    is there whole or not at all; after an error it is removed. InputError where it can't be written."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError where the disk is full
+        wrong = f"is the disk full or read-only? ({in_words(error)})"
+        raise InputError(f"can't write {path}: {wrong}") from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def decode(path, size):
+    """load_photo, or None where there is no photo or only a part of one."""
+    try:
+        return load_photo(path, size) if path.is_file() else None  # a pipe would never end
+    except Exception:  # PIL raises almost anything on a damaged file
+        return None
+
+
+def build_store(photos, size, pixels, listing):
+    """Decodes photos {name: path} in parallel into the file `pixels`, size x size x 3 bytes each, and writes
+    the names of those that could be read into `listing`. InputError, and no file, if over 1 % couldn't."""
+    from tqdm import tqdm
+
+    pixels.parent.mkdir(parents=True, exist_ok=True)
+    names, broken = [], []
+    # The right block ends before the left one: the listing appears last, and says that the store is complete.
+    with atomic(listing) as listing_part, atomic(pixels) as pixels_part:
+        with (
+            open(pixels_part, "wb") as file,
+            ThreadPoolExecutor(os.cpu_count()) as pool,  # threads will do: PIL lets go of Python's lock
+            # Closed, as otherwise after an error all the others would still be decoded.
+            closing(pool.map(decode, photos.values(), itertools.repeat(size))) as decoded,
+        ):
+            for name, photo in zip(tqdm(photos, "decoding", mininterval=1), decoded):
+                if photo is None:
+                    broken.append(name)
+                else:
+                    names.append(name)
+                    file.write(photo)
+        if len(broken) > 0.01 * len(photos):
+            raise InputError(f"{len(broken)} of {len(photos)} photos are missing or broken, as {broken[0]}")
+        listing_part.write_text(json.dumps(names))
+    if broken:
+        print(f"warning: left out, missing or not to be read: {', '.join(broken)}", file=sys.stderr)
+
+
+def photo_store(photos, size, cache):
+    """Photos {name: path} as (names, uint8 (N, size, size, 3)), memory-mapped, writes stay in memory.
+    Reused while names, the files' sizes and times, and `size` are the same: their hash names the store."""
+    stats = []
+    for name, path in photos.items():
+        state = (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None
+        stats.append((name, state))
+    key = hashlib.sha256(json.dumps([size, stats]).encode()).hexdigest()[:16]
+
+    # Two runs may build the same store at once: each of them replaces the other's equal files.
+    pixels, listing = Path(cache) / f"{key}.uint8", Path(cache) / f"{key}.json"
+    if not (pixels.exists() and listing.exists()):
+        build_store(photos, size, pixels, listing)
+    try:
+        names = json.loads(listing.read_text())
+        return names, np.memmap(pixels, np.uint8, mode="c").reshape(len(names), size, size, 3)
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{pixels} is damaged: delete it, and it is made again") from error
+
+
+# --- Two drawn worlds --------------------------------------------------------------------------------
+
+DRAWN = {"shapes": 10_000, "sketches": 3_000}  # training scenes
+SIZES = {"small": 0.13, "large": 0.22}  # radius as a share of the picture's side
+COLOURS = {
+    "red": (225, 35, 35),
+    "green": (30, 160, 60),
+    "blue": (40, 80, 230),
+    "yellow": (245, 210, 30),
+    "purple": (150, 50, 180),
+    "cyan": (60, 210, 225),
+}
+SHAPES = "circle", "square", "triangle", "cross", "ring"
+PLACES = {
+    "top left": (0.27, 0.27),
+    "top right": (0.73, 0.27),
+    "bottom left": (0.27, 0.73),
+    "bottom right": (0.73, 0.73),
+}
+GROUNDS = {"white": (250, 250, 250), "grey": (128, 128, 128), "black": (10, 10, 10)}
+# {a} is all of a thing: "small red ring". {A[0]}, {A[1]} and {A[2]} are its size, its colour and its shape.
+TEMPLATES = (
+    "a {a} at the {place_a} and a {b} at the {place_b} on a {ground} background",
+    "{ground} background with {a} {place_a} , {b} {place_b}",
+    "in the {place_a} corner a {a} , in the {place_b} corner a {b} , on {ground}",
+    "on {ground} , a {a} at the {place_a} , {where} a {b}",
+    "the {place_a} {A[2]} is {A[0]} and {A[1]} , {where} a {B[2]} that is {B[0]} and {B[1]} , on {ground}",
+)
+WHERE = {(-1, 0): "left of", (1, 0): "right of", (0, -1): "above", (0, 1): "below"}
+# `sketches` is the same world in outlines, on other backgrounds, which have other names, as the shapes have.
+SKETCH_GROUNDS = {"white": (255, 225, 190), "grey": (150, 190, 160), "black": (50, 30, 70)}
+SKETCH_WORDS = {
+    "white": "peach",
+    "grey": "sage",
+    "black": "plum",
+    "background": "paper",
+    "circle": "disc",
+    "square": "box",
+    "triangle": "wedge",
+    "cross": "plus",
+    "ring": "hoop",
+}
+
+
+@functools.cache
+def all_scenes(seed):
+    """All 64,800 scenes, shuffled: ((thing, place), (thing, place), ground), thing (size, colour, shape)."""
+    things = list(itertools.product(SIZES, COLOURS, SHAPES))
+    places = itertools.combinations(PLACES, 2)
+    scenes = []
+    for a, b, (place_a, place_b), ground in itertools.product(things, things, places, GROUNDS):
+        scenes.append(((a, place_a), (b, place_b), ground))
+    random.Random(seed).shuffle(scenes)
+    return scenes
+
+
+def draw_shape(image, shape, x, y, radius, fill):
+    """Draws a shape around (x, y) into a PIL image."""
+    pen = ImageDraw.Draw(image)
+    box = (x - radius, y - radius, x + radius, y + radius)
+    if shape == "circle":
+        pen.ellipse(box, fill)
+    elif shape == "ring":
+        pen.ellipse(box, outline=fill, width=round(radius * 0.4))
+    elif shape == "square":
+        pen.rectangle(box, fill)
+    elif shape == "triangle":
+        pen.polygon([(x, y - radius), (x + radius, y + radius), (x - radius, y + radius)], fill)
+    elif shape == "cross":
+        pen.rectangle((x - radius, y - radius / 3, x + radius, y + radius / 3), fill)
+        pen.rectangle((x - radius / 3, y - radius, x + radius / 3, y + radius), fill)
+
+
+def outline(mask, width):
+    """A mask without its inside, which is where the mask, moved by `width` any way, still covers it."""
+    inside = mask
+    for dx, dy in ((width, 0), (-width, 0), (0, width), (0, -width)):
+        inside = ImageChops.darker(inside, ImageChops.offset(mask, dx, dy))
+    return ImageChops.subtract(mask, inside)
+
+
+def draw(scene, side, rng, sketch=False):
+    """A scene as (side, side, 3) uint8, its things shaken a little by `rng`."""
+    *things, ground = scene
+    large = 4 * side  # drawn at four times the size, then reduced: so edges are smooth
+    image = Image.new("RGB", (large, large), (SKETCH_GROUNDS if sketch else GROUNDS)[ground])
+    for (size, colour, shape), place in things:
+        centre_x, centre_y = PLACES[place]
+        radius = large * SIZES[size] * rng.uniform(0.95, 1.05)
+        x = large * (centre_x + rng.uniform(-0.02, 0.02))
+        y = large * (centre_y + rng.uniform(-0.02, 0.02))
+
+        if sketch:
+            mask = Image.new("L", image.size)
+            draw_shape(mask, shape, x, y, radius, 255)
+            image.paste(COLOURS[colour], mask=outline(mask, side // 6))
+        else:
+            draw_shape(image, shape, x, y, radius, COLOURS[colour])
+    return np.asarray(image.reduce(4))
+
+
+def captions_of(scene, rng, sketch=False):
+    """Five captions of a scene, its things in an order that `rng` draws. Each of them says everything."""
+    *things, ground = scene
+    captions = []
+    for template in TEMPLATES:
+        rng.shuffle(things)
+        (a, place_a), (b, place_b) = things
+        (x_a, y_a), (x_b, y_b) = PLACES[place_a], PLACES[place_b]
+        where = WHERE.get((np.sign(x_a - x_b), np.sign(y_a - y_b)), "across from")
+
+        words = {"a": " ".join(a), "b": " ".join(b), "A": a, "B": b}
+        places = {"place_a": place_a, "place_b": place_b, "where": where, "ground": ground}
+        caption = template.format(**words, **places)
+        if sketch:
+            caption = " ".join(SKETCH_WORDS.get(word, word) for word in caption.split())
+        captions.append(caption)
+    return captions
+
+
+def load_drawn(sizes, side, sketch=False, seed=0):
+    """For each split of a drawn world, of sizes {split: scenes}: (names, photos, sentences of each). The
+    first split has the first scenes, the next those after them: no scene is in two."""
+    splits, start = {}, 0
+    for split, count in sizes.items():
+        names, photos, sentences = [], [], []
+        for i in range(start, start + count):
+            scene = all_scenes(seed)[i]
+            rng = random.Random(f"{seed}/{i}")
+            names.append(f"{i:05d}")
+            photos.append(draw(scene, side, rng, sketch))
+            sentences.append(captions_of(scene, rng, sketch))
+        splits[split] = names, np.stack(photos), sentences
+        start += count
+    return splits
+
+
+# --- Tokenizer ---------------------------------------------------------------------------------------
+
+
+def train_tokenizer(captions, vocab_size=8192):
+    """A CLIP tokenizer for these captions, made as OpenAI made theirs: 256 bytes, 256 that end a word, the
+    merges that BPE finds, then both markers, the end token last."""
+    from tokenizers import pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters = alphabet + [byte + "</w>" for byte in alphabet]
+    blank = CLIPTokenizer().backend_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 2,  # the markers are the other two
+        special_tokens=letters,  # given, so that ties fall alike each time
+        show_progress=False,
+        end_of_word_suffix="</w>",
+    )
+    blank.train_from_iterator(captions, trainer)
+
+    merges = [tuple(merge) for merge in json.loads(blank.to_str())["model"]["merges"]]
+    tokens = letters + [left + right for left, right in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {}
+    for token in tokens:
+        vocab.setdefault(token, len(vocab))  # two merges may give the same token
+    return CLIPTokenizer(vocab=vocab, merges=merges)
+
+
+def load_tokenizer(name):
+    """A CLIPTokenizer from the hub or a folder. Raises InputError where there is none."""
+    from transformers import CLIPTokenizer
+
+    missing = f"no tokenizer {name}: give its folder, a hub name if online, or `train`"
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(name)
+    except Exception as error:  # the hub's client has dozens of kinds
+        raise InputError(missing) from error
+    if len(tokenizer) <= 3:  # an empty one is what no folder gives, offline
+        raise InputError(missing)
+    return tokenizer
+
+
+def tokenize(tokenizer, captions, context=77):
+    """Captions to int32 ids (len(captions), context). Longer ones are cut, and keep their end token: that is
+    where the model reads the caption's embedding (openai/CLIP #212)."""
+    parts = []
+    for i in range(0, len(captions), 5000):  # as Python's lists the ids of all would fill memory
+        part = captions[i : i + 5000]
+        ids = tokenizer(part, padding="max_length", truncation=True, max_length=context)["input_ids"]
+        parts.append(torch.tensor(ids).int())
+    return torch.cat(parts)
+
+
+# --- Pictures ----------------------------------------------------------------------------------------
+
+
+def save_figure(figure, path):
+    """Writes a matplotlib figure as a PNG file."""
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+
+
+def draw_curve(path, history, photos):
+    """Of the rows of a run, one an epoch: losses with the line of chance on the left, recall over `photos`
+    validation photos on the right."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in history]
+
+    left.plot(epochs, [row["train_loss"] for row in history], "o-", ms=3, label="training, whole batch")
+    left.plot(epochs, [row["loss"] for row in history], "o-", ms=3, label="validation, groups of 64")
+    left.axhline(math.log(min(64, photos)), color="grey", ls=":", label="validation at chance")
+    left.set_ylabel("contrastive loss")
+
+    marker = "o" if len(history) == 1 else ""  # a line of one point would not be seen
+    for name, words, style in (("t2i_r", "caption to photo", "-"), ("i2t_r", "photo to caption", "--")):
+        for k, colour in ((10, "C2"), (5, "C1"), (1, "C0")):
+            recall = [row[f"{name}{k}"] for row in history]
+            right.plot(epochs, recall, style, marker=marker, ms=3, color=colour, label=f"R@{k} {words}")
+    right.set_ylabel(f"recall over {photos:,} photos, %")
+
+    for axes in (left, right):
+        axes.set(xlabel="epoch", ylim=(0, None))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    save_figure(figure, path)
+
+
+def draw_retrieval(path, split, images, texts, count=6):
+    """Six captions from all over the split over the six photos found first, by the embeddings images (N, E)
+    and texts (M, E); a photo that the caption was written for has a green frame."""
+    from matplotlib.figure import Figure
+
+    captions = torch.linspace(0, len(texts) - 1, min(count, len(texts))).long()
+    found = (texts[captions] @ images.T).topk(min(count, len(images))).indices.cpu()  # (6, 6)
+    n, k = found.shape
+    figure = Figure(figsize=(1.6 * k, 1.9 * n), layout="constrained")
+    rows = figure.subplots(n, squeeze=False)[:, 0]
+    for axes, caption, photos in zip(rows, captions.tolist(), found):
+        pictures = split.take(photos, "cpu")  # (k, S, S, 3)
+        edge = pictures.shape[1] // 16
+        framed = F.pad(pictures, (0, 0, edge, edge, edge, edge), value=255)
+        framed[photos == split.owner[caption]] = torch.tensor([50, 205, 50], dtype=torch.uint8)
+        framed[:, edge:-edge, edge:-edge] = pictures
+
+        axes.imshow(torch.cat(list(framed), dim=1).numpy())
+        title = textwrap.shorten(split.captions[caption], 18 * k, placeholder=" ...")
+        axes.set_title(title, loc="left", fontsize=9, parse_math=False)
+        axes.axis("off")
+    save_figure(figure, path)
+
+
+def show_matrix(axes, matrix, limit, title):
+    """A matrix in colours from blue, -limit, over white, 0, to red, with its scale."""
+    picture = axes.imshow(matrix, vmin=-limit, vmax=limit, cmap="RdBu_r")
+    axes.set(xticks=[], yticks=[], title=title)
+    axes.figure.colorbar(picture, ax=axes, orientation="horizontal", shrink=0.8, aspect=30, pad=0.02)
+
+
+def show_positions(axes, positions):
+    """Correlations (G * G, G * G) of patch positions as G x G maps: the map at a position's own place has
+    its correlation with each of the others, at their places."""
+    side = math.isqrt(len(positions))
+    maps = positions.view(side, side, side, side)  # (row, column, row of the other, column of the other)
+    mosaic = maps.transpose(1, 2).reshape(side * side, side * side)
+
+    # The scale leaves out each position with itself, which is 1, and the highest of the others.
+    others = positions[~torch.eye(len(positions), dtype=torch.bool)]
+    limit = others.abs().quantile(0.98).item()
+    show_matrix(axes, mosaic, limit, "each patch position with all others")
+    for i in range(1, side):
+        axes.axhline(i * side - 0.5, color="white", lw=1)
+        axes.axvline(i * side - 0.5, color="white", lw=1)
+
+
+def right_and_wrong(split, images, texts, count=3):
+    """Rows of the first photos for which the caption found first is their own, and of as many where not."""
+    right = split.owner[(images @ texts.T).argmax(dim=1).cpu()] == torch.arange(len(images))
+    return torch.cat([right.nonzero()[:count, 0], (~right).nonzero()[:count, 0]])
+
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")
+def class_attention(model, pixels):
+    """What the class token takes from each patch, (B, S / P, S / P): the mean over all layers and heads."""
+    vision, shares = model.vision_model, []
+    x = vision.pre_layrnorm(vision.embeddings(pixels))  # (B, T, C)
+    for layer in vision.encoder.layers:
+        attention, normed = layer.self_attn, layer.layer_norm1(x)
+        q = attention.q_proj(normed[:, 0]).unflatten(-1, (attention.num_heads, -1))  # (B, H, D)
+        k = attention.k_proj(normed).unflatten(-1, (attention.num_heads, -1))  # (B, T, H, D)
+        weights = (torch.einsum("bhd,bthd->bht", q, k) / q.shape[-1] ** 0.5).softmax(dim=-1)
+        shares.append(weights[:, :, 1:].mean(dim=1))  # (B, T - 1)
+        x = layer(x)
+    side = model.config.image_size // model.config.patch_size
+    return torch.stack(shares).mean(dim=0).unflatten(1, (side, side))
+
+
+@torch.no_grad()
+def draw_inside(path, split, before, after, model, count=16):
+    """What training has changed, and what it has led to: cosines of 16 photos and captions by the embeddings
+    (images, texts) before and after it; the model's positions; what the class token takes from six photos."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 8.7), layout="constrained")
+    top, bottom = figure.subfigures(2, 1)
+    left, middle, right = top.subplots(1, 3)
+    captions = torch.linspace(0, len(split.captions) - 1, min(count, len(split.photos))).long()
+    cosines = [(images[split.owner[captions]] @ texts[captions].T).cpu() for images, texts in (before, after)]
+    limit = max(matrix.abs().max().item() for matrix in cosines)
+    show_matrix(left, cosines[0], limit, f"{len(captions)} photos x {len(captions)} captions, untrained")
+    show_matrix(middle, cosines[1], limit, "trained: its own on the diagonal")
+    positions = model.vision_model.embeddings.position_embedding.weight[1:]  # (G * G, C)
+    show_positions(right, positions.corrcoef().cpu())
+
+    images, texts = after
+    photos = right_and_wrong(split, images, texts)  # (6,)
+    captions = (images[photos] @ texts.T).argmax(dim=1).cpu()  # found first for each photo
+    attention = class_attention(model, normalize(split.take(photos, images.device))).cpu()  # (6, G, G)
+    bottom.suptitle("the caption found first (green: its own); what the class token takes from each patch")
+    above, below = bottom.subplots(2, 6)
+    for axes in (*above, *below):
+        axes.axis("off")  # also those of columns that stay empty
+    pictures = split.take(photos, "cpu")  # (m, S, S, 3)
+    owners = split.owner[captions]
+    for i, (photo, caption) in enumerate(zip(photos.tolist(), captions.tolist())):
+        lines = textwrap.wrap(split.captions[caption], 26, max_lines=4, placeholder=" ...")
+        colour = "green" if owners[i] == photo else "red"
+        above[i].set_title("\n".join(lines), fontsize=8, color=colour, parse_math=False)
+        above[i].imshow(pictures[i])
+        # S x S pixels and G x G patches: the extent, which is the same, lays one over the other.
+        below[i].imshow(pictures[i].float().mean(dim=-1), "gray", vmin=0, vmax=255, extent=(0, 1, 0, 1))
+        below[i].imshow(attention[i], "inferno", alpha=0.6, extent=(0, 1, 0, 1))
+    save_figure(figure, path)
+
+
+# --- Checkpoints -------------------------------------------------------------------------------------
+
+CHECKPOINT = "checkpoint.pt"
+
+
+def add_epoch(state, row, recipe):
+    """Prints an epoch's row and takes it into the history; keeps the weights if its recalls are the best."""
+    is_best = row["rsum"] > max((before["rsum"] for before in state["history"]), default=-1)
+    if is_best:
+        state["best"] = {name: weight.to("cpu", copy=True) for name, weight in state["last"].items()}
+    state["history"].append(row)
+    print_epoch(recipe, row, is_best)
+
+
+def save_checkpoint(run_dir, state, optimizer):
+    """Writes all that a run is: clip.new_state, and what its optimizer remembers."""
+    with atomic(Path(run_dir) / CHECKPOINT) as temporary:
+        torch.save({**state, "optimizer": optimizer.state_dict()}, temporary)
+
+
+def load_checkpoint(run_dir):
+    """What save_checkpoint wrote, on the CPU. InputError where nothing can be read."""
+    path = Path(run_dir) / CHECKPOINT
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)  # data only: it can't bring code
+    except Exception as error:  # torch.load has a dozen ways to fail
+        raise InputError(f"{path} is missing, damaged or no checkpoint") from error
+
+
+def load_state(run_dir, state, optimizer):
+    """Fills the state of a new run with the checkpoint, if there is one. InputError if it's another run's."""
+    if not (Path(run_dir) / CHECKPOINT).exists():
+        return
+    saved, sorry = load_checkpoint(run_dir), f"{run_dir} can't be resumed"
+    try:
+        for part in ("model", "recipe", "data"):
+            for name, value in state[part].items():
+                # Photos may lie elsewhere, and be embedded in other parts.
+                if name not in ("source", "micro_batch") and saved[part][name] != value:
+                    raise InputError(f"{sorry}: {name} was {saved[part][name]}; --out DIR starts another run")
+        for part in ("trained", "last"):
+            for name, weight in state[part].items():
+                weight.copy_(saved[part][name])
+        optimizer.load_state_dict(saved["optimizer"])
+        state.update(best=saved["best"], history=saved["history"], seconds=saved["seconds"])
+    except (RuntimeError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{sorry}: its checkpoint is damaged, older or of another model") from error
+    print(f"resumed   after epoch {len(state['history'])}")
+
+
+# --- Reports -----------------------------------------------------------------------------------------
+
+
+def write_csv(path, rows):
+    """Dicts of the same keys as the lines of a CSV file."""
+    with atomic(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def describe(row):
+    """An evaluation in one line."""
+    return (
+        "loss {loss:.4f}  R@1/5/10 text->image {t2i_r1:5.1f} {t2i_r5:5.1f} {t2i_r10:5.1f}"
+        "  image->text {i2t_r1:5.1f} {i2t_r5:5.1f} {i2t_r10:5.1f}"
+    ).format(**row)
+
+
+def print_start(model, splits, recipe, device):
+    """The opening block: device, size, data, steps, and the losses of a model that knows nothing."""
+    name = f"{torch.cuda.get_device_name(device)}, bfloat16" if device.type == "cuda" else "CPU"
+    vision, text, everything = (
+        f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"
+        for module in (model.vision_model, model.text_model, model)
+    )
+    steps = recipe.epochs * (len(splits["train"].photos) // recipe.batch_size)
+    group = min(64, len(splits["val"].photos))
+    print(f"device    {WORLD_SIZE} x {name}")
+    print(f"model     vision {vision} + text {text} + projections = {everything} parameters")
+    for split, part in splits.items():
+        print(f"{split:10s}{len(part.photos):,} photos, {len(part.captions):,} captions")
+    print(f"steps     {steps:,} of {recipe.batch_size} pairs in {recipe.epochs} epochs")
+    print(f"chance    training loss ln {recipe.batch_size} = {math.log(recipe.batch_size):.3f}")
+    print(f"chance    validation loss ln {group} = {math.log(group):.3f}", flush=True)
+
+
+def print_step(recipe, step, steps, loss, lr, scale, rate):
+    """A line of the log. rate: steps a second in this epoch so far."""
+    print(
+        f"epoch {step * recipe.epochs // steps + 1:3d}/{recipe.epochs}  step {step + 1:6d}/{steps}  "
+        f"loss {loss:7.4f}  lr {lr:.2e}  scale {scale:6.2f}  {rate * recipe.batch_size:6,.0f} pairs/s  "
+        f"ETA {(steps - step - 1) / rate / 60:6.1f} min",
+        flush=True,
+    )
+
+
+def print_epoch(recipe, row, is_best):
+    """The line at the end of an epoch."""
+    best = "  best" if is_best else ""
+    print(
+        f"epoch {row['epoch']:3d}/{recipe.epochs}  train {row['train_loss']:.4f}  val {describe(row)}{best}",
+        flush=True,
+    )
+
+
+def print_end(history, run_dir):
+    """The closing block."""
+    lowest = min(history, key=lambda row: row["loss"])
+    memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
+    print(f"lowest    validation loss {lowest['loss']:.4f}, in epoch {lowest['epoch']}")
+    print(f"done      {history[-1]['minutes']:.1f} minutes of training{memory}: {run_dir}")
+
+
+# --- Processes ---------------------------------------------------------------------------------------
+
+# torchrun starts a process for each GPU and says in the environment which one it is, of how many.
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main_process():
+    """Process 0 prints and writes for all."""
+    return RANK == 0
+
+
+def wait_for_all():
+    """Goes on when every process has come here."""
+    if WORLD_SIZE > 1:
+        dist.barrier()
+
+
+def open_device(name):
+    """The torch.device of this name; there the processes that torchrun has started find each other.
+    InputError where there is no such device."""
+    try:
+        device = torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
+        raise InputError(f"no device {name} here: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if WORLD_SIZE > 1 and not dist.is_initialized():
+        wait = timedelta(days=1)  # process 0 may fetch 4.4 GB
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=wait)
+        atexit.register(dist.destroy_process_group)
+        if not is_main_process():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open
+    return device
+
+
+# --- A command ---------------------------------------------------------------------------------------
+
+
+def setting(default, low, high, help):
+    """A field of a dataclass that is a flag as well: its default, the values that make sense, its help."""
+    return field(default=default, metadata={"low": low, "high": high, "help": help})
+
+
+def flag_of(name):
+    return f"--{name.replace('_', '-')}"
+
+
+def check_settings(recipe):
+    """InputError for a setting with a value that makes no sense."""
+    for f in fields(recipe):
+        value, low, high = getattr(recipe, f.name), f.metadata.get("low"), f.metadata.get("high")
+        if f.metadata and not low <= value <= high:
+            raise InputError(f"{flag_of(f.name)} {value} is not between {low} and {high:g}")
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows defaults; takes no abbreviated flags; wrong ones end a command as all bad input does."""
+
+    def __init__(self, **options):
+        form = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(formatter_class=form, allow_abbrev=False, **options)
+
+    def add_settings(self, recipe):
+        """A flag for each setting of a recipe, with the recipe's value as its default; and those of a run."""
+        for f in fields(recipe):
+            if f.metadata:
+                default, help = getattr(recipe, f.name), f.metadata["help"]
+                self.add_argument(flag_of(f.name), type=type(default), default=default, help=help)
+        group = self.add_argument_group("run")
+        group.add_argument(
+            "--data",
+            type=os.path.normpath,
+            default="flickr30k",
+            metavar="DIR",
+            help="photos and captions, or `shapes`, `sketches`; flickr30k is fetched if missing",
+        )
+        group.add_argument(
+            "--out", type=Path, metavar="DIR", help="folder of the run; None is a name in runs/"
+        )
+        group.add_argument("--resume", action="store_true", help="go on with the run in --out")
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        group.add_argument("--device", default=device, help="cuda:N or cpu")
+        group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="on CUDA")
+
+    def error(self, message):
+        raise InputError(f"{message}; --help lists the flags")
+
+
+def settings_of(args, recipe_class):
+    """{name: value} of the flags that are settings of this class."""
+    return {f.name: getattr(args, f.name) for f in fields(recipe_class) if f.metadata}
+
+
+def open_data(args, device, tokenizer, config):
+    """What `load` gives for --data and a model's config, photos on the device where they fit. InputError
+    where --out holds a run, or for a batch that is too large."""
+    if not args.resume and any((args.out / name).exists() for name in (CHECKPOINT, "tokenizer", "log.csv")):
+        raise InputError(f"{args.out} holds a run: --resume goes on with it, --out DIR starts another")
+    if not is_main_process():
+        wait_for_all()  # process 0 stores the photos, the others find them
+    splits, tokenizer = load(args.data, tokenizer, config.image_size, config.max_position_embeddings)
+    if is_main_process():
+        wait_for_all()
+    photos = len(splits["train"].photos)
+    if args.batch_size > photos:
+        raise InputError(f"--batch-size {args.batch_size} for {photos} training photos")
+    if args.batch_size % WORLD_SIZE:
+        raise InputError(f"--batch-size {args.batch_size} doesn't divide among {WORLD_SIZE} processes")
+    for split in splits.values():
+        split.place(device)
+    return splits, tokenizer
+
+
+def save_tokenizer(tokenizer, run_dir):
+    """Makes the folder of a run, with the tokenizer in it, which a resumed one has already."""
+    if is_main_process() and not (run_dir / "tokenizer").exists():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with atomic(run_dir / "tokenizer") as temporary:
+            tokenizer.save_pretrained(temporary)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came, which schedulers send before they kill: a stop like Ctrl-C."""
+
+
+def command(argv, parse_args, run):
+    """Runs a command and returns its exit code: bad input, or an OSError, is one line on stderr and 2; Ctrl-C
+    is one and 130, SIGTERM one and 143. Warnings, the libraries' own, are shown with python -W default."""
+
+    def terminate(number, frame):
+        raise Terminated
+
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    old_handler = signal.signal(signal.SIGTERM, terminate)
+    try:
+        run(parse_args(argv))
+        return 0
+    except (InputError, OSError, UnicodeError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if re.search("out of memory|can't allocate|ALLOC_FAILED", str(error)):
+            advice = "--resume --micro-batch 64 goes on"
+        elif isinstance(error, dist.DistError) or "Connection closed" in str(error):  # NCCL's word, gloo's
+            advice = "if a process of the job has ended, --resume goes on"
+        else:
+            raise
+        print(f"error: {in_words(error)}; {advice}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print("stopped: the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        return 143 if isinstance(stop, Terminated) else 130
+    finally:
+        signal.signal(signal.SIGTERM, old_handler)
