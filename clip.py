@@ -5,12 +5,12 @@
 """CLIP in one file: two transformers that learn to put a photo and its caption at the same place.
 
     python clip.py --data shapes     drawn scenes, nothing downloaded: about a minute on two CPU cores
-    python clip.py --epochs 55       ViT-B/16 from scratch on Flickr30k, on a GPU
+    python clip.py --epochs 55       ViT-B/16 from scratch on Flickr30k, on a GPU (55 is the default)
 
 Radford et al. 2021, arXiv:2103.00020. Module names are Hugging Face's: released weights load unchanged.
 Shapes: N photos, M captions of a split; B photos in a batch, V crops and K captions of each, S x S pixels, T
 tokens (words, or patches + 1), C channels of a tower, H heads, D = C / H, P x P pixels a patch, E shared.
-A first reading ends where "Many pairs and many GPUs" begins: what follows makes CLIP practical, not clearer.
+A first reading ends with the plain case of `backward`: what follows makes CLIP practical, not clearer.
 """
 
 import copy
@@ -27,7 +27,6 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from torch import nn
-from torch.optim import swa_utils
 
 import data
 from data import RANK, WORLD_SIZE, InputError, is_main_process, setting, wait_for_all
@@ -82,7 +81,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.num_heads = config.num_attention_heads
-        # One Linear each: LoRA finds in nn.MultiheadAttention only a Linear that isn't called (peft #761).
+        # Linears of their own, which LoRA can wrap: in nn.MultiheadAttention it has no effect (peft #761).
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -119,7 +118,7 @@ class MLP(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """PyTorch's, in the type of x. Autocast would hand on fp32, and all that read it read twice the bytes."""
+    """PyTorch's, in the type of x: under autocast it would be fp32, twice the bytes for all that reads it."""
 
     def forward(self, x):
         return super().forward(x).to(x.dtype)
@@ -142,14 +141,14 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A stack of blocks, the same for photos and captions."""
+    """A stack of blocks; each tower has its own."""
 
     def __init__(self, config, hidden_act):
         super().__init__()
         self.layers = nn.ModuleList(Block(config, hidden_act) for _ in range(config.num_hidden_layers))
 
     def forward(self, x, mask=None):
-        if torch.is_autocast_enabled(x.device.type):  # the stream is read and written all the time
+        if torch.is_autocast_enabled(x.device.type):  # bf16: half the bytes for all that follows
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for layer in self.layers:
             x = layer(x, mask)
@@ -162,7 +161,7 @@ def drop_patches(x, share):
     B, T, C = x.shape
     kept = max(1, round(T * (1 - share)))
     rows = torch.rand(B, T, device=x.device).argsort(dim=1)[:, :kept]  # (B, T')
-    return x.gather(1, rows[:, :, None].expand(-1, -1, C))  # (B, T', C)
+    return x.gather(1, rows[:, :, None].expand(-1, -1, C))  # (B, T', C), in any order: x knows the positions
 
 
 class VisionEmbeddings(nn.Module):
@@ -180,8 +179,9 @@ class VisionEmbeddings(nn.Module):
     def forward(self, pixels):
         B, _, height, width = pixels.shape
         P = self.patch_embedding.kernel_size[0]
-        # A convolution that never overlaps is one Linear on each flattened patch, and runs faster as that.
-        patches = pixels.view(B, 3, height // P, P, width // P, P).permute(0, 2, 4, 1, 3, 5)
+        # A Conv2d for its name in released files; as a Linear on each flattened patch it runs faster.
+        patches = pixels.view(B, 3, height // P, P, width // P, P)
+        patches = patches.permute(0, 2, 4, 1, 3, 5)  # (B, rows, columns, 3, P, P)
         patches = patches.reshape(B, -1, 3 * P * P)  # (B, T - 1, 3 P P)
         x = F.linear(patches, self.patch_embedding.weight.flatten(1))  # (B, T - 1, C)
         x = x + self.position_embedding.weight[1:]
@@ -210,7 +210,7 @@ class VisionTransformer(nn.Module):
 
 
 def replace_tokens(ids, share, vocab_size):
-    """Puts random tokens in place of a share of ids (B, T), markers too: few captions are learnt by heart."""
+    """Random tokens in place of a share of ids (B, T), markers too: so a small set isn't learnt by heart."""
     replaced = torch.rand(ids.shape, device=ids.device) < share
     return torch.where(replaced, torch.randint_like(ids, vocab_size), ids)
 
@@ -257,8 +257,7 @@ class TextTransformer(nn.Module):
 class CLIP(nn.Module):
     """Two towers and a temperature. `forward`, then contrastive_loss, are the paper's pseudo-code (figure 3):
 
-    I_f = image_encoder(I)                          T_f = text_encoder(T)
-    I_e = l2_normalize(I_f @ W_i)                   T_e = l2_normalize(T_f @ W_t)
+    I_e, T_e = l2_normalize(image_encoder(I) @ W_i), l2_normalize(text_encoder(T) @ W_t)
     logits = (I_e @ T_e.T) * exp(t)
     loss = (cross_entropy(logits, range(n)) + cross_entropy(logits.T, range(n))) / 2
     """
@@ -283,7 +282,7 @@ class CLIP(nn.Module):
         return F.normalize(self.text_projection(self.text_model(ids)).float(), dim=-1)
 
     def similarity(self, image_embeds, text_embeds):
-        """exp(logit_scale) x cosine: (B, E), (B', E) to logits (B, B') in fp32: at 100 bf16 steps by 0.5."""
+        """exp(logit_scale) x cosine, (B, E), (B', E) to (B, B'). In fp32: near 100 bf16 has steps of 0.5."""
         with torch.autocast(image_embeds.device.type, enabled=False):
             return self.logit_scale.exp() * image_embeds @ text_embeds.T
 
@@ -329,12 +328,10 @@ def init_weights(model):
 
 
 def contrastive_loss(logits_per_image):
-    """Mean of two cross-entropies over logits (B, B), a scalar: the right caption of a photo is that of its
-    own row, the right photo of a caption that of its own column. Chance is ln B, 4.85 for 128."""
+    """Mean of two cross-entropies over logits (B, B), a scalar: a row asks which caption fits its photo, a
+    column which photo fits its caption, and the diagonal is right. Chance is ln B, 4.85 for 128."""
     if logits_per_image.shape != (len(logits_per_image),) * 2:
-        raise ValueError(
-            f"logits_per_image is {tuple(logits_per_image.shape)}: as many photos as captions fit"
-        )
+        raise ValueError(f"logits_per_image is {tuple(logits_per_image.shape)}, where (B, B) is needed")
     labels = torch.arange(len(logits_per_image), device=logits_per_image.device)
     loss_image = F.cross_entropy(logits_per_image.float(), labels)
     loss_text = F.cross_entropy(logits_per_image.float().T, labels)
@@ -342,9 +339,9 @@ def contrastive_loss(logits_per_image):
 
 
 def multiview_loss(model, image_embeds, text_embeds):
-    """V crops (B, V, E) and K captions (B, K, E) of B photos: (loss, its first part), scalars. The first part
-    is the mean of contrastive_loss over all V K ways to pair a crop with a caption: with one of each, CLIP's.
-    To it come the means over crops (SLIP, arXiv:2112.12750) and captions among themselves, if several."""
+    """V crops (B, V, E) and K captions (B, K, E) of B photos: (loss, pair_loss), scalars. pair_loss is the
+    mean of contrastive_loss over all V K ways to pair a crop with a caption: with one of each, CLIP's loss.
+    The loss adds that over pairs of crops (SLIP, arXiv:2112.12750) and of captions, where there are any."""
 
     def mean_loss(pairs):
         return torch.stack([contrastive_loss(model.similarity(a, b)) for a, b in pairs]).mean()
@@ -388,11 +385,11 @@ def autocast(device):
 
 @torch.no_grad()
 def embed(model, split, batch_size=250):
-    """Photos (N, E) and captions (M, E) of a split, in eval mode. Not for train: its photos have a margin."""
+    """Photos (N, E) and captions (M, E) of a split, in eval mode. Not of train, whose photos are larger."""
     device, training = model.logit_scale.device, model.training
     model.eval()
     images, texts = [], []
-    with autocast(device), torch.compiler.set_stance("force_eager"):  # or eval mode would compile anew
+    with autocast(device), torch.compiler.set_stance("force_eager"):  # compiled parts are for training
         for rows in torch.arange(len(split.photos)).split(batch_size):
             images.append(model.encode_image(data.normalize(split.take(rows, device))))
         for rows in torch.arange(len(split.captions)).split(batch_size):
@@ -432,7 +429,7 @@ class Recipe:
     lr: float = setting(5e-4, 0, 1e3, "peak learning rate")
     weight_decay: float = setting(0.2, 0, 1e3, "AdamW's, on the matrices of Linears")
     warmup: float = setting(0.1, 0, 1, "share of the steps in which lr rises")
-    # Few photos are learnt by heart. What helps is to show each differently every time: in other crops,
+    # A small set of photos is soon learnt by heart. It helps to show each in another way every time: cropped,
     views: int = setting(4, 1, 1e3, "crops of a photo in a step, all positives (drawn scenes aren't cropped)")
     # in other words,
     captions: int = setting(4, 1, 1e3, "captions of a photo in a step, positives of crops and each other")
@@ -461,7 +458,7 @@ def trained_weights(model):
 
 def make_optimizer(model, recipe):
     """AdamW with OpenAI's betas. Decay pulls towards zero: a sensible prior for matrices of Linears (LoRA's
-    too), not for norms, biases, the logit scale and embeddings; these the paper decays, patches' as well."""
+    too), not for norms, biases, the logit scale and, unlike the paper, embeddings, also of patches."""
     groups = [{"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": recipe.weight_decay}]
     for name, parameter in trained_weights(model).items():
         is_matrix = parameter.ndim >= 2 and "embedding" not in name
@@ -492,8 +489,9 @@ def encode_pairs(model, split, pairs, seed, views=1):
 
 def train_step(model, optimizer, split, pairs, recipe, step, steps):
     """Embed, loss, backward, clip, schedule, step on pairs (B, 1 + K). Returns the loss between photos and
-    captions, a scalar on the device. Crops and dropout derive from (seed, step)."""
-    parts = pairs.chunk(WORLD_SIZE)[RANK].split(recipe.micro_batch or len(pairs))  # one, in the plain case
+    captions, a scalar on the device."""
+    # This process's share, in micro-batches (in the plain case one), each with a seed of its own.
+    parts = pairs.chunk(WORLD_SIZE)[RANK].split(recipe.micro_batch or len(pairs))
     seed = (recipe.seed << 32) + (step * WORLD_SIZE + RANK) * len(parts)
     loss = backward(model, lambda i: encode_pairs(model, split, parts[i], seed + i, recipe.views), len(parts))
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # one odd batch can't throw the model far
@@ -509,18 +507,19 @@ def update_mean(mean, trained, step, largest_decay):
     """mean = decay mean + (1 - decay) trained, in place. A decay of (1 + step) / (10 + step), TensorFlow's
     rule, takes the mean over about the last tenth of the steps so far: the random start is forgotten."""
     decay = min(largest_decay, (1 + step) / (10 + step))
-    swa_utils.get_ema_multi_avg_fn(decay)(list(mean.values()), list(trained.values()), None)
+    for name in mean:
+        mean[name].lerp_(trained[name], 1 - decay)
 
 
 def new_state(model, averaged, recipe, splits):
-    """All that a run is, beside its optimizer: a plain dict of numbers and (the live) tensors."""
+    """All that a run is, but for its optimizer: a plain dict of numbers and the weights, which it shares."""
     trained, mean = trained_weights(model), trained_weights(averaged)
     return {
         "model": asdict(model.config),
         "recipe": asdict(recipe),
         "data": {"source": splits["train"].source, "content": data.fingerprint(splits)},
         "trained": {name: weight.detach() for name, weight in trained.items()},
-        "last": {name: weight.detach() for name, weight in mean.items()},  # the running mean
+        "last": {name: weight.detach() for name, weight in mean.items()},  # the running mean, if there is one
         "best": None,  # the running mean after the epoch with the best recall
         "history": [],
         "seconds": 0.0,
@@ -528,10 +527,10 @@ def new_state(model, averaged, recipe, splits):
 
 
 def train(model, splits, recipe, run_dir, resume=False, compile=False):
-    """Trains what requires a gradient in the model, on its device. Returns the history: a row an epoch, its
-    loss and recalls those of the weights' running mean. splits: {"train": Split, "val": Split}. run_dir gets
-    log.csv after each epoch and a checkpoint, at most every 20 seconds; resume goes on from there: on the CPU
-    bit for bit, as batches derive from (seed, epoch). InputError if the loss is not finite."""
+    """Trains what requires a gradient in the model, on its device. Returns the history: a row an epoch, with
+    the loss and recalls that the weights' running mean has on splits["val"]. After an epoch run_dir gets
+    log.csv, and a checkpoint if the last is 20 seconds old or the run ends; resume goes on from there, on the
+    CPU bit for bit: batches and crops derive from seed and step. InputError if the loss isn't finite."""
     split, B = splits["train"], recipe.batch_size
     steps_per_epoch = len(split.photos) // B
     steps = recipe.epochs * steps_per_epoch
@@ -555,7 +554,7 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
             step = epoch * steps_per_epoch + i
             loss = train_step(model, optimizer, split, pairs[i * B : (i + 1) * B], recipe, step, steps)
             if recipe.ema:
-                update_mean(state["last"], state["trained"], step, recipe.ema)
+                update_mean(state["last"], state["trained"], step, recipe.ema)  # the weights of `averaged`
             total += loss
             if (step + 1) % max(1, steps // 40) == 0:  # about 40 lines for a run of any length
                 loss = loss.item()  # waits for the GPU, so before the clock
@@ -590,8 +589,8 @@ def gather(x):
 
 
 def average_gradients(model):
-    """The mean over the processes. Each has computed the whole loss, so that gather has added its gradient up
-    as often as there are processes: the mean is the gradient of the whole batch."""
+    """The mean over the processes. Each computes the whole loss, so that gather's backward sums WORLD_SIZE
+    equal gradients: the mean undoes that, and leaves logit_scale's, which each has whole, as it is."""
     for p in model.parameters():
         if WORLD_SIZE > 1 and p.grad is not None:
             dist.all_reduce(p.grad)
@@ -599,8 +598,8 @@ def average_gradients(model):
 
 
 def backward(model, encode, micro_batches):
-    """Leaves the gradient of multiview_loss over the pairs of all processes in the parameters; returns its
-    first part. encode(i): the embeddings of micro-batch i, the same each time (encode_pairs)."""
+    """Leaves the gradient of multiview_loss over the pairs of all processes in the parameters; returns
+    pair_loss. encode(i): the embeddings of micro-batch i, the same each time (encode_pairs)."""
     if micro_batches == 1:  # the plain case
         image_embeds, text_embeds = encode(0)
         loss, pair_loss = multiview_loss(model, gather(image_embeds), gather(text_embeds))
@@ -609,9 +608,7 @@ def backward(model, encode, micro_batches):
         # Every pair meets every other in the loss, but the towers need not hold all at once: gradient caching
         # (Gao et al. 2021, arXiv:2101.06983), which is exact.
         for p in trained_weights(model).values():
-            p.grad = torch.zeros_like(
-                p
-            )  # a CUDA graph's replay overwrites the gradients it gave: add up here
+            p.grad = torch.zeros_like(p)  # adds up here: a CUDA graph overwrites the gradients it gave
         # 1. Embed all pairs, and keep no graph: that is what fills the memory.
         with torch.no_grad():
             images, texts = zip(*[encode(i) for i in range(micro_batches)])
@@ -628,7 +625,7 @@ def backward(model, encode, micro_batches):
     return pair_loss.detach()
 
 
-# --- Speed: changes no number ----------------------------------------------------------------------------
+# --- Speed: changes no number but by rounding ------------------------------------------------------------
 
 
 def compile_parts(model):
@@ -636,7 +633,7 @@ def compile_parts(model):
     gc.collect()  # an earlier model's graphs, which hold one another in a cycle
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 64  # a version for each length of the captions
-    torch._inductor.config.fallback_random = True  # PyTorch's own dropout is the faster kernel
+    torch._inductor.config.fallback_random = True  # PyTorch's own dropout, LoRA's, is the faster kernel
     for part in model.modules():
         if isinstance(part, (VisionEmbeddings, Block)):
             part.compile(dynamic=False)
@@ -653,7 +650,7 @@ def replay_graphs(tower):
         if not tower.training:
             return plain(x)
         if x.shape not in graphs:
-            with torch.enable_grad(), torch.random.fork_rng([x.device]):
+            with torch.enable_grad(), torch.random.fork_rng([x.device]):  # which recording would use up
                 graphs[x.shape] = torch.cuda.make_graphed_callables(copy.copy(plain), (x.clone(),), pool=pool)
         return graphs[x.shape](x)
 
@@ -688,8 +685,8 @@ def parse_args(argv):
     parser.add_argument("--model", choices=PRESETS, default="ViT-B/16", help="size")
     parser.add_argument("--text", choices=("bert", "causal"), default="bert", help="causal is OpenAI's")
     parser.add_argument("--tokenizer", default="openai/clip-vit-base-patch16", help="name, folder or `train`")
-    parser.add_settings(Recipe())
-    if parser.parse_known_args(argv)[0].data in data.DRAWN:
+    parser.add_settings(Recipe())  # and --data, --out, --resume, --device, --compile
+    if parser.parse_known_args(argv)[0].data in data.DRAWN:  # a first look: the defaults depend on it
         parser.set_defaults(model="tiny", tokenizer="train", **asdict(DRAWN_RECIPE))
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / Path(args.data).absolute().name
@@ -704,7 +701,7 @@ def run(args):
     splits, tokenizer = data.open_data(args, device, tokenizer, config)
     data.save_tokenizer(tokenizer, args.out)
     words = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(recipe.seed)  # the same weights in every process
     model = CLIP(replace(config, causal=args.text == "causal", **words)).to(device)
     data.print_start(model, splits, recipe, device)
     history = train(model, splits, recipe, args.out, args.resume, args.compile and device.type == "cuda")
