@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.9", "numpy", "pillow", "transformers>=5", "peft>=0.18", "pytest", "matplotlib"]
+# dependencies = ["torch>=2.9", "numpy", "pillow", "transformers>=5.8", "peft>=0.18", "pytest", "matplotlib"]
 # ///
 """CLIP in one file: two transformers that learn to put a photo and its caption at the same place.
 

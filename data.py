@@ -178,6 +178,8 @@ def download(folder):
                 raise ValueError(f"{path} would unpack to more than 20 GiB: it is not the published file")
             archive.extractall(partial)  # drops `..` and absolute paths, makes no links
     except Exception as error:  # the hub's client has dozens of kinds
+        if not any(partial.rglob("*.zip*")):  # neither the photos nor a part of them, to go on with
+            shutil.rmtree(partial, ignore_errors=True)
         raise InputError(
             f"Flickr30k is not in ./{folder} and can't be fetched ({in_words(error)}): give your copy with "
             f"--data DIR, try --data shapes, or delete {partial} first"

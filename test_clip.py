@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.9", "numpy", "pillow", "transformers>=5", "peft>=0.18", "pytest", "matplotlib"]
+# dependencies = ["torch>=2.9", "numpy", "pillow", "transformers>=5.8", "peft>=0.18", "pytest", "matplotlib"]
 # ///
 """What this project claims, a test for each claim: `pytest`. With -s each prints the largest difference seen.
 
@@ -24,13 +24,11 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import zipfile
 from dataclasses import fields, replace
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -56,13 +54,14 @@ from clip import CLIP, PRESETS, CLIPConfig, TowerConfig, contrastive_loss, recal
 HERE = Path(clip.__file__).parent
 slow = pytest.mark.skipif(os.environ.get("SLOW") != "1", reason="takes long: set SLOW=1")
 both_text_towers = pytest.mark.parametrize("causal", [False, True], ids=["bert", "causal"])
-
 # --- Helpers ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def alone(tmp_path, monkeypatch):
+    """Each test starts with the same seed in an empty folder."""
     torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
 
 
 def difference(a, b):
@@ -77,20 +76,14 @@ def difference(a, b):
 
 # A small model and what goes into it. No two widths are equal, so that none can be taken for another, and the
 # end token hasn't the largest id.
-
-SMALL = CLIPConfig(
-    vision=TowerConfig(48, 3, 4, 96),
-    text=TowerConfig(32, 2, 2, 80),
-    image_size=40,
-    patch_size=8,
-    projection_dim=24,
-    vocab_size=100,
-    eos_token_id=60,
-    max_position_embeddings=16,
-)
+SMALL = CLIPConfig(TowerConfig(48, 3, 4, 96), TowerConfig(32, 2, 2, 80), image_size=40, patch_size=8)
+SMALL = replace(SMALL, projection_dim=24, vocab_size=100, eos_token_id=60, max_position_embeddings=16)
 OPENAI_SMALL = replace(SMALL, causal=True, hidden_act="quick_gelu")
 GELU_SMALL = replace(SMALL, causal=True, hidden_act="gelu")
 OPENAI_B_16 = replace(PRESETS["ViT-B/16"], causal=True, hidden_act="quick_gelu")
+# The size of the vocabulary that train_tokenizer gives for captions of single letters.
+SPELLING = replace(OPENAI_SMALL, vocab_size=514, eos_token_id=513)
+QKV = ["q_proj", "k_proj", "v_proj"]
 
 
 @torch.no_grad()
@@ -114,17 +107,11 @@ def before(lengths, width):
     return torch.arange(width) < torch.tensor(lengths)[:, None]
 
 
-def captions(lengths, width, config=SMALL):
+def captions(lengths, width=16, config=SMALL):
     """Random words, the end token in place `lengths` - 1, and behind it the end token again as padding."""
     ids = torch.randint(config.vocab_size, (len(lengths), width))
     ids[ids == config.eos_token_id] = 0
     return ids.where(before([length - 1 for length in lengths], width), config.eos_token_id)
-
-
-def another_word(ids, position):
-    ids = ids.clone()
-    ids[:, position] = (ids[:, position] + 1) % SMALL.eos_token_id
-    return ids
 
 
 def keep_outputs(model):
@@ -159,7 +146,7 @@ def gradients(model):
 def views(crops=1, sentences=1):
     """12 photos, each in some crops, and some captions of each."""
     pixels = photos(12 * crops).unflatten(0, (12, crops))
-    return pixels, captions([3, 5, 9, 16] * 3 * sentences, 16).unflatten(0, (12, sentences))
+    return pixels, captions([3, 5, 9, 16] * 3 * sentences).unflatten(0, (12, sentences))
 
 
 def encode_views(model, pixels, ids):
@@ -174,7 +161,12 @@ def backward_of(model, pixels, ids, micro_batch):
     return clip.backward(model, lambda i: encode_views(model, *parts[i]), len(parts))
 
 
-# Hugging Face's.
+def recall(text_to_image, image_to_text):
+    t2i = {f"t2i_r{k}": value for k, value in text_to_image.items()}
+    return pytest.approx(t2i | {f"i2t_r{k}": value for k, value in image_to_text.items()})
+
+
+# Hugging Face's models, and ours with their weights.
 
 
 def hugging_face(config):
@@ -182,13 +174,9 @@ def hugging_face(config):
     both = dict(hidden_act=config.hidden_act, bos_token_id=0, eos_token_id=config.eos_token_id)
     vision = dict(image_size=config.image_size, patch_size=config.patch_size)
     text = dict(vocab_size=config.vocab_size, max_position_embeddings=config.max_position_embeddings)
-    described = transformers.CLIPConfig(
-        vision_config=vars(config.vision) | vision | both,
-        text_config=vars(config.text) | text | both,
-        projection_dim=config.projection_dim,
-        attn_implementation="eager",
-    )
-    return transformers.CLIPModel(described)
+    towers = dict(vision_config=vars(config.vision) | vision | both)
+    towers |= dict(text_config=vars(config.text) | text | both, projection_dim=config.projection_dim)
+    return transformers.CLIPModel(transformers.CLIPConfig(**towers, attn_implementation="eager"))
 
 
 def both_models(config):
@@ -217,26 +205,21 @@ def released_folder(folder, config):
     return theirs, (photos(4, config), captions([2, 5, 9, 16], 16, config))
 
 
-def reconfigure(folder, **parts):
-    """Changes entries of vision_config and text_config in the folder's config.json."""
-    described = json.loads((folder / "config.json").read_text())
-    for part, changes in parts.items():
-        described[part] |= changes
-    (folder / "config.json").write_text(json.dumps(described))
+def reconfigure(**changes):
+    """Changes entries of text_config in base/config.json."""
+    described = json.loads(Path("base/config.json").read_text())
+    described["text_config"] |= changes
+    Path("base/config.json").write_text(json.dumps(described))
 
 
-def replace_tensor(folder, name, tensor):
-    """Puts a tensor into the folder's weights, or takes it out where it is None."""
-    tensors = load_file(folder / "model.safetensors")
-    tensors.pop(name, None)
-    if tensor is not None:
-        tensors[name] = tensor
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+def replace_tensor(name, tensor):
+    """Puts tensors in the place of those of this name in base/model.safetensors."""
+    tensors = load_file("base/model.safetensors")
+    del tensors[name]
+    save_file(tensors | tensor, "base/model.safetensors", {"format": "pt"})
 
 
 # Models with adapters.
-
-QKV = ["q_proj", "k_proj", "v_proj"]
 
 
 def adapted(causal=False, **changes):
@@ -246,18 +229,42 @@ def adapted(causal=False, **changes):
     return model
 
 
+def merged():
+    model = adapted()
+    lora.merge(model)
+    return model
+
+
+def poisoned():
+    model = adapted()
+    model.vision_model.encoder.layers[1].self_attn.q_proj.lora_A.data[0, 0] = torch.nan
+    return model
+
+
+def loaded(saved=None, model=None, **config):
+    """Loads an adapter, its configuration changed, into a model. It fails, and leaves the model as it was."""
+    model = model or small_model()
+    weights = {name: p.clone() for name, p in model.state_dict().items()}
+    lora.save_adapter(saved or adapted(), "adapter")
+    file = Path("adapter/adapter_config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    try:
+        lora.load_adapter(model, "adapter")
+    finally:
+        assert difference(model.state_dict(), weights) == 0
+
+
 def lora_pair(dropout=0.0, use_rslora=False, targets=QKV):
     """CLIPModel twice with the same weights: adapted by us, and by peft, with the same random A and B."""
     ours = shaken(hugging_face(OPENAI_SMALL)).eval()
-    options = dict(r=4, lora_alpha=8, lora_dropout=dropout, use_rslora=use_rslora)
-    described = peft.LoraConfig(target_modules=targets, **options)
-    theirs = peft.get_peft_model(copy.deepcopy(ours), described).eval()
+    options = dict(r=4, lora_alpha=8, lora_dropout=dropout, use_rslora=use_rslora, target_modules=targets)
+    theirs = peft.get_peft_model(copy.deepcopy(ours), peft.LoraConfig(**options)).eval()
     lora.add_lora(ours, 4, 8, dropout, targets, use_rslora)
     for name, parameter in ours.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.1)
             theirs.base_model.model.get_parameter(f"{name}.default.weight").data.copy_(parameter)
-    return ours, theirs, dict(pixel_values=photos(4), input_ids=captions([3, 5, 9, 16], 16), return_loss=True)
+    return ours, theirs, dict(pixel_values=photos(4), input_ids=captions([3, 5, 9, 16]), return_loss=True)
 
 
 def our_name(name):
@@ -269,15 +276,14 @@ def lora_weights(model):
     return {our_name(name): p.detach() for name, p in model.named_parameters() if "lora_" in name}
 
 
-# --- Helpers: captions and photos ------------------------------------------------------------------------
+# Captions and photos. 80 photos are to train on, one of them as `restval`, Karpathy's name for more of these.
 
 NAMES = [f"{i}.jpg" for i in range(120)]
 CAPTIONS = {name: [f"photo {name[:-4]} , said in way {k}" for k in range(5)] for name in NAMES}
-SPLIT = {name: {0: "val", 1: "test"}.get(i % 6, "train") for i, name in enumerate(NAMES)}  # 80 to train on
+SPLIT = {name: {0: "val", 1: "test"}.get(i % 6, "train") for i, name in enumerate(NAMES)}
 
 
 def karpathy(folder):
-    """One photo is of `restval`, which is Karpathy's name for more to train on."""
     images = []
     for name in NAMES:
         sentences = [{"raw": caption} for caption in CAPTIONS[name]]
@@ -286,10 +292,14 @@ def karpathy(folder):
     (folder / "dataset_flickr30k.json").write_text(json.dumps({"images": images}))
 
 
-def kaggle(folder):
+def kaggle(folder, header=("image_name| comment_number| comment",)):
     rows = [f"{name}| {k}| {caption}" for name in NAMES for k, caption in enumerate(CAPTIONS[name])]
     rows[4] = rows[4].replace("4| ", "4   ")  # as line 2199200615.jpg of the published file
-    (folder / "results.csv").write_text("\n".join(["image_name| comment_number| comment", *rows]))
+    (folder / "results.csv").write_text("\n".join([*header, *rows]))
+
+
+def kaggle_without_header(folder):
+    kaggle(folder, header=())
 
 
 def write_rows(path, rows):
@@ -308,24 +318,25 @@ def flickr8k(folder):
     write_rows(folder / "captions.txt", [["image", "caption"], *rows])
 
 
-def noise_photo(path, rng):
-    Image.fromarray(rng.integers(0, 256, (60, 80, 3), np.uint8)).save(path)
+def noise_photo(path, shape, seed=0):
+    """Writes a photo of noise, which it returns."""
+    image = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*shape, 3), np.uint8))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    return image
 
 
 def make_album(folder):
     """120 photos with Karpathy's captions, in `photos/images` and one folder above it."""
-    images, rng = folder / "photos" / "images", np.random.default_rng(0)
-    images.mkdir(parents=True)
-    for name in NAMES:
-        noise_photo(images / name, rng)
+    for i, name in enumerate(NAMES):
+        noise_photo(folder / "photos/images" / name, (60, 80), seed=i)
     karpathy(folder / "photos")
 
 
 @pytest.fixture
-def album(tmp_path, monkeypatch):
-    make_album(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "photos"
+def album():
+    make_album(Path())
+    return Path("photos")
 
 
 def load(folder):
@@ -333,23 +344,45 @@ def load(folder):
     return splits
 
 
+def replace_in_captions(old, new):
+    file = Path("photos/dataset_flickr30k.json")
+    file.write_text(file.read_text().replace(old, new))
+
+
+def prepared(path, size=224):
+    """Our preprocessing of a file, (3, size, size)."""
+    return data.normalize(torch.tensor(data.load_photo(path, size))[None])[0]
+
+
+def processed(image):
+    """Hugging Face's."""
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 224}, crop_size=224)
+    return torch.as_tensor(np.asarray(processor(image)["pixel_values"][0]))
+
+
 def mutated(content, rng):
-    """Bytes with a few of them changed, cut out, doubled or replaced by what parsers stumble over."""
+    """Bytes with some of them cut out or replaced by what parsers stumble over, or only their first half."""
     content = bytearray(content)
     for _ in range(rng.choice([1, 1, 2, 5, 20])):
-        i = rng.randrange(len(content) + 1)
-        odd = rng.choice([b"\0", b'"', b"|", b",", b"\n", b"\xff\xfe", b"null", b"[]", b"\xe2\x80\xa8"])
-        new = rng.choice([b"", odd, content[max(0, i - 50) : i]])
-        content[i : i + rng.choice([0, 0, 1, 3, 30])] = new
+        i = rng.randrange(len(content))
+        odd = rng.choice([b"", b"\0", b'"', b"|", b",", b"\n", b"\xff\xfe", b"null", b"[]"])
+        content[i : i + rng.choice([0, 1, 3, 30])] = odd
     return bytes(content[: rng.choice([None, None, len(content) // 2])])
 
 
-def hidden(folder):
-    """What `data.atomic` would have left."""
-    return list(Path(folder).rglob(".*"))
+class Hub(http.server.SimpleHTTPRequestHandler):
+    """A stand-in for the hub: files of the folder `hub`, with the headers that its client wants."""
+
+    def translate_path(self, path):
+        return f"hub/{Path(path).name}"
+
+    def end_headers(self):
+        self.send_header("ETag", f'"{Path(self.path).name}"')
+        self.send_header("X-Repo-Commit", "a" * 40)
+        super().end_headers()
 
 
-# --- Helpers: runs ---------------------------------------------------------------------------------------
+# Runs.
 
 TOY = "--model tiny --tokenizer train --epochs 6 --batch-size 40 --device cpu"
 # clip.py with a checkpoint after every epoch.
@@ -361,25 +394,14 @@ print("ready", flush=True)
 sys.exit(clip.main(sys.argv[1:]))
 """
 ONE, TWO = sys.executable, f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2"
+WITH_PATH = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{Path(__file__).parent}"}
 
 
-def with_path():
-    return {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{Path(__file__).parent}"}
-
-
-def run_process(line, cwd):
-    given = dict(cwd=cwd, env=with_path(), timeout=170)
-    return subprocess.run(line.split(), **given, capture_output=True, text=True)
-
-
-def started(launch, cwd, flags):
-    """A process that has begun clip.main; what it says goes to the files log and errors in cwd."""
-    (cwd / "quick.py").write_text(QUICK)
-    command = f"{launch} quick.py {TOY} --data photos {flags}".split()
-    with open(cwd / "log", "w") as log, open(cwd / "errors", "w") as errors:
-        process = subprocess.Popen(command, cwd=cwd, stdout=log, stderr=errors, env=with_path())
-    wait_until(lambda: "ready" in (cwd / "log").read_text(), process)
-    return process
+def run_process(line):
+    """What a process that ends well has written to stdout."""
+    done = subprocess.run(line.split(), env=WITH_PATH, timeout=170, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def wait_until(reached, process):
@@ -387,52 +409,74 @@ def wait_until(reached, process):
         time.sleep(0.01)
 
 
+def started(launch, flags, cwd="."):
+    """A process that has begun clip.main; what it says goes to the files log and errors in cwd."""
+    log, errors = Path(cwd, "log"), Path(cwd, "errors")
+    Path(cwd, "quick.py").write_text(QUICK)
+    command = f"{launch} quick.py {TOY} --data photos {flags}".split()
+    with open(log, "w") as out, open(errors, "w") as err:
+        process = subprocess.Popen(command, cwd=cwd, stdout=out, stderr=err, env=WITH_PATH)
+    wait_until(lambda: "ready" in log.read_text(), process)
+    return process
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """(A folder with an album, its store and the run `old` on it, seconds that the run took)."""
     folder = tmp_path_factory.mktemp("whole")
     make_album(folder)
-    process, begin = started(ONE, folder, "--out old"), time.perf_counter()
+    process, begin = started(ONE, "--out old", folder), time.perf_counter()
     assert process.wait(timeout=100) == 0, (folder / "errors").read_text()
     return folder, time.perf_counter() - begin
 
 
 @pytest.fixture
-def copied(whole, tmp_path, monkeypatch):
+def copied(whole):
     """A copy of that folder to spoil."""
-    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    shutil.copytree(whole[0], ".", dirs_exist_ok=True)
 
 
-def without_times(history):
-    return [{name: value for name, value in row.items() if name != "minutes"} for row in history]
+def hidden(folder):
+    """What `data.atomic` would have left."""
+    return list(Path(folder).rglob(".*"))
 
 
 def assert_same_numbers(run, other):
     ours, theirs = data.load_checkpoint(run), data.load_checkpoint(other)
-    assert without_times(ours["history"]) == without_times(theirs["history"])
+    for row in (*ours["history"], *theirs["history"]):
+        del row["minutes"]
+    assert ours["history"] == theirs["history"]
     for weights in ("trained", "last", "best"):
         assert difference(ours[weights], theirs[weights]) == 0
 
 
-def few_scenes(monkeypatch):
-    load_drawn, sizes = data.load_drawn, {"val": 70, "test": 70, "train": 100}
-    monkeypatch.setattr(data, "load_drawn", lambda _, *rest: load_drawn(sizes, *rest))
-
-
-def drawn_split(name, tokenizer, part="val"):
-    """The split of a world with few scenes."""
-    sizes = {"val": 70, "test": 70, "train": 100}
-    return data.make_split(*data.load_drawn(sizes, 48, name == "sketches")[part], tokenizer, 77)
+def assert_one_error(capsys, message):
+    """Of what a command wrote to stderr, all but the progress bars is one line: `error: ` and the message."""
+    lines = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in lines if line and not line.startswith("decoding")]
+    assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0], errors
 
 
 def train_toy(flags):
     return clip.main(f"{TOY} --data photos {flags}".split())
 
 
-def train_shapes(monkeypatch, folder, flags=""):
-    monkeypatch.chdir(folder)
+FEW = {"val": 70, "test": 70, "train": 100}
+
+
+def few_scenes(monkeypatch):
+    """Worlds with few scenes, and a checkpoint after every epoch."""
+    load_drawn = data.load_drawn
+    monkeypatch.setattr(data, "load_drawn", lambda _, *rest: load_drawn(FEW, *rest))
+    monkeypatch.setattr(clip, "SAVE_SECONDS", 0)
+
+
+def drawn_split(name, tokenizer, part="val"):
+    """The split of such a world."""
+    return data.make_split(*data.load_drawn(FEW, 48, name == "sketches")[part], tokenizer, 77)
+
+
+def train_shapes(monkeypatch, flags=""):
     few_scenes(monkeypatch)
     return clip.main(f"--data shapes --batch-size 25 --epochs 3 --device cpu {flags}".split())
 
@@ -445,18 +489,18 @@ def finetune_sketches(flags):
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory):
     """The folder of a small model of `shapes`, and of the study that adapts it to `sketches`."""
-    folder = tmp_path_factory.mktemp("studied")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        assert train_shapes(monkeypatch, folder) == 0
+        monkeypatch.chdir(tmp_path_factory.mktemp("studied"))
+        assert train_shapes(monkeypatch) == 0
         assert finetune_sketches("--r 4 16 --full") == 0
-    return folder
+        return Path.cwd()
 
 
 @pytest.fixture
 def study_folder(studied, monkeypatch):
     monkeypatch.chdir(studied)
     few_scenes(monkeypatch)
-    return studied / "runs" / "shapes-sketches"
+    return studied / "runs/shapes-sketches"
 
 
 def study_rows(folder):
@@ -464,30 +508,83 @@ def study_rows(folder):
         return {row["variant"]: row for row in csv.DictReader(file)}
 
 
-def assert_one_error(capsys, message):
-    """Of what a command wrote to stderr, all but the progress bars is one line: `error: ` and the message."""
-    lines = capsys.readouterr().err.strip().splitlines()
-    errors = [line for line in lines if line and not line.startswith("decoding")]
-    assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0], errors
+def small_model_of(split):
+    """A model for the crops and the captions of a split of `load`."""
+    end = split.ids.max().item()
+    return CLIP(
+        replace(SMALL, image_size=32, vocab_size=end + 1, eos_token_id=end, max_position_embeddings=24)
+    )
+
+
+def spoil(monkeypatch, module, name, number, spoilt):
+    """From its call `number` on a function of a module is `spoilt`, which gets the function first."""
+    function, calls = getattr(module, name), []
+
+    def counted(*arguments):
+        calls.append(1)
+        return spoilt(function, *arguments) if len(calls) >= number else function(*arguments)
+
+    monkeypatch.setattr(module, name, counted)
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+class Trap:
+    """An object whose pickle runs code: it makes the file `ran` where it is opened without care."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("ran"),)
+
+
+def median_seconds(function, warmup=8, runs=20):
+    """Of a call function(i), till the GPU is done."""
+    times = []
+    for i in range(warmup + runs):
+        start = time.perf_counter()
+        function(i)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[warmup:])
+
+
+def whole_step(B, r, dropout, config, device):
+    """A model and its training step, from uint8 photos through crops, towers and loss to AdamW, on photos of
+    noise with captions as long as Flickr8k's; r > 0 adapts it by LoRA."""
+    side = config.image_size * 8 // 7
+    photos = torch.randint(256, (4 * B, side, side, 3), dtype=torch.uint8)
+    lengths = (14.1 + 4.4 * torch.randn(4 * B)).round().long().clamp(6, 42)
+    ids = torch.randint(config.eos_token_id, (4 * B, 77), dtype=torch.int32)
+    ids[torch.arange(77) >= lengths[:, None] - 1] = config.eos_token_id
+    split = data.Split(photos, [""] * 4 * B, [""] * 4 * B, torch.arange(4 * B), ids, lengths)
+    split.place(device)
+    model = CLIP(config).to(device).train()
+    finetune.insert(model, finetune.LoRARecipe(r=r, alpha=2.0 * r, dropout=dropout))
+    optimizer = clip.make_optimizer(model, clip.Recipe())
+
+    def step(i):
+        pairs = (torch.arange(B) + i % 4 * B).repeat(2, 1).T
+        clip.backward(model, lambda _: clip.encode_pairs(model, split, pairs, seed=i), micro_batches=1)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return model, step
 
 
 # --- The model -------------------------------------------------------------------------------------------
 
-small_sizes = pytest.mark.parametrize("config", [OPENAI_SMALL, GELU_SMALL], ids=["quick_gelu", "gelu"])
-all_sizes = pytest.mark.parametrize(
-    "config",
-    [OPENAI_SMALL, GELU_SMALL, pytest.param(OPENAI_B_16, marks=slow)],
-    ids=["quick_gelu", "gelu", "ViT-B/16"],
-)
+sizes = [pytest.param(OPENAI_SMALL, id="quick_gelu"), pytest.param(GELU_SMALL, id="gelu")]
+all_sizes = [*sizes, pytest.param(OPENAI_B_16, id="ViT-B/16", marks=slow)]
 
 
-@small_sizes
-@torch.no_grad()
-def test_every_hidden_state_equals_hugging_faces(config):
+@pytest.mark.parametrize("config", sizes)
+def test_every_hidden_state_and_the_gradient_of_every_parameter_equal_hugging_faces(config):
     ours, theirs, inputs, their_inputs = both_models(config)
     found, expected = keep_outputs(ours), keep_outputs(theirs)
-    ours(*inputs)
-    theirs(**their_inputs)
+    contrastive_loss(ours(*inputs)).backward()
+    theirs(**their_inputs).loss.backward()
     # What stands in padding is never read. It differs: they mask padding that we leave to causality.
     real = their_inputs["attention_mask"].bool()
     for name in found:
@@ -496,33 +593,23 @@ def test_every_hidden_state_equals_hugging_faces(config):
     assert len(found) == 11 * 5 + 7  # 11 modules in each of the 5 blocks, and 7 around them
     assert difference(found, expected) < 1e-5
 
-
-@all_sizes
-@torch.no_grad()
-def test_pooled_outputs_embeddings_logits_and_loss_equal_hugging_faces(config):
-    ours, theirs, (pixels, ids), their_inputs = both_models(config)
-    logits, output = ours(pixels, ids), theirs(**their_inputs)
-    found = {"image pooled": ours.vision_model(pixels), "image": ours.encode_image(pixels)}
-    found |= {"text pooled": ours.text_model(ids), "text": ours.encode_text(ids)}
-    found |= {"per image": logits, "per text": logits.T, "loss": contrastive_loss(logits)}
-    pooled = theirs.vision_model(pixels).pooler_output
-    expected = {"image pooled": pooled, "image": output.image_embeds}
-    pooled = theirs.text_model(ids, their_inputs["attention_mask"]).pooler_output
-    expected |= {"text pooled": pooled, "text": output.text_embeds, "loss": output.loss}
-    expected |= {"per image": output.logits_per_image, "per text": output.logits_per_text}
-    assert difference(found, expected) < 1e-5
-
-
-@small_sizes
-def test_the_gradient_of_every_parameter_equals_hugging_faces(config):
-    ours, theirs, inputs, their_inputs = both_models(config)
-    contrastive_loss(ours(*inputs)).backward()
-    theirs(**their_inputs).loss.backward()
     found, expected = gradients(ours), gradients(theirs)
     assert len(found) == len(list(ours.parameters()))
     for name, gradient in found.items():
         # A key's bias adds the same to a whole row of the softmax: its gradient is 0.
         assert gradient.abs().max() > 1e-3 or "k_proj.bias" in name
+    assert difference(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("config", all_sizes)
+@torch.no_grad()
+def test_embeddings_logits_and_loss_equal_hugging_faces(config):
+    ours, theirs, (pixels, ids), their_inputs = both_models(config)
+    logits, output = ours(pixels, ids), theirs(**their_inputs)
+    found = {"image": ours.encode_image(pixels), "text": ours.encode_text(ids)}
+    found |= {"per image": logits, "per text": logits.T, "loss": contrastive_loss(logits)}
+    expected = {"image": output.image_embeds, "text": output.text_embeds, "loss": output.loss}
+    expected |= {"per image": output.logits_per_image, "per text": output.logits_per_text}
     assert difference(found, expected) < 1e-5
 
 
@@ -540,8 +627,6 @@ def test_vit_b_16_has_the_149_620_737_parameters_of_the_released_model_under_the
     with torch.device("meta"):
         model, theirs = CLIP(PRESETS["ViT-B/16"]), hugging_face(OPENAI_B_16)
     assert sum(parameter.numel() for parameter in model.parameters()) == 149_620_737
-    assert sum(parameter.numel() for parameter in model.vision_model.parameters()) == 85_799_424
-    assert sum(parameter.numel() for parameter in model.text_model.parameters()) == 63_165_952
     shapes = {name: x.shape for name, x in model.state_dict().items()}
     assert shapes == {name: x.shape for name, x in theirs.state_dict().items()}
 
@@ -579,26 +664,16 @@ def test_under_autocast_blocks_hand_on_bf16_and_embeddings_and_logits_are_fp32(m
 # --- The loss and recall ---------------------------------------------------------------------------------
 
 
-def test_the_loss_is_the_mean_of_both_cross_entropies():
+def test_the_loss_is_the_mean_of_both_cross_entropies_in_fp32_and_ln_b_at_chance():
     logits = 5 * torch.randn(7, 7, dtype=torch.float64)
     total = 0
     for i in range(7):
         total += math.log(sum(math.exp(logits[i, j]) for j in range(7))) - logits[i, i]
         total += math.log(sum(math.exp(logits[j, i]) for j in range(7))) - logits[i, i]
     assert difference(contrastive_loss(logits), total / 14) < 1e-6
-
-
-@pytest.mark.parametrize(
-    "logits, loss", [(100 * torch.eye(128), 0.0), (torch.ones(128, 128), 4.8520303)], ids=["perfect", "equal"]
-)
-def test_the_loss_of_perfect_logits_is_zero_and_of_equal_ones_ln_b(logits, loss):
-    assert difference(contrastive_loss(logits), torch.tensor(loss)) < 1e-6
-
-
-def test_the_loss_of_bf16_logits_is_computed_in_fp32():
-    logits = (5 * torch.randn(7, 7)).bfloat16()
-    assert contrastive_loss(logits).dtype == torch.float32
-    assert difference(contrastive_loss(logits), contrastive_loss(logits.float())) == 0
+    assert contrastive_loss(logits.bfloat16()).dtype == torch.float32
+    assert contrastive_loss(100 * torch.eye(128)) < 1e-6
+    assert contrastive_loss(torch.ones(128, 128)).item() == pytest.approx(4.8520303)
 
 
 def test_the_gradient_of_the_loss_is_softmax_minus_identity():
@@ -609,25 +684,16 @@ def test_the_gradient_of_the_loss_is_softmax_minus_identity():
     assert difference(logits.grad, softmaxes / 14 - torch.eye(7) / 7) < 1e-6
 
 
-FIVE_EACH = torch.arange(40).repeat_interleave(5)
-UNEVEN = torch.cat([torch.arange(40), torch.arange(60) ** 2 % 40])  # 1 to 13 each, in no order
-
-
-def recall(text_to_image, image_to_text):
-    t2i = {f"t2i_r{k}": value for k, value in text_to_image.items()}
-    return pytest.approx(t2i | {f"i2t_r{k}": value for k, value in image_to_text.items()})
-
-
 def test_recall_worked_out_by_hand():
-    similarity = torch.tensor(
-        [
-            [0.9, 0.1, 0.1, 0.1, 0.1, 0.5, 0.5, 0.5, 0.5, 0.5],
-            [0.8, 0.2, 0.2, 0.2, 0.2, 0.6, 0.0, 0.0, 0.0, 0.0],
-        ]
-    )
-    found = recall_at_k(similarity, torch.tensor([0] * 5 + [1] * 5), ks=(1, 2))
+    first = [0.9, 0.1, 0.1, 0.1, 0.1, 0.5, 0.5, 0.5, 0.5, 0.5]
+    second = [0.8, 0.2, 0.2, 0.2, 0.2, 0.6, 0.0, 0.0, 0.0, 0.0]
+    found = recall_at_k(torch.tensor([first, second]), torch.tensor([0] * 5 + [1] * 5), ks=(1, 2))
     # Captions 0 and 5 find their photo. Photo 0 finds its caption 0, and so does photo 1, before its own 5.
     assert found == recall({1: 0.2, 2: 1}, {1: 0.5, 2: 1})
+
+
+FIVE_EACH = torch.arange(40).repeat_interleave(5)
+UNEVEN = torch.cat([torch.arange(40), torch.arange(60) ** 2 % 40])  # 1 to 13 each, in no order
 
 
 @pytest.mark.parametrize("owner", [FIVE_EACH, UNEVEN], ids=["five captions each", "uneven"])
@@ -641,33 +707,26 @@ def test_recall_is_that_by_sorting(owner):
     assert recall_at_k(similarity, owner) == recall(t2i, i2t)
 
 
-@pytest.mark.parametrize("value", [0.0, torch.nan])
-def test_a_constant_similarity_scores_nothing(value):
-    nothing = {1: 0, 5: 0, 10: 0}
-    assert recall_at_k(torch.full((40, 200), value), FIVE_EACH) == recall(nothing, nothing)
-
-
 @pytest.mark.parametrize("value", [1.0, torch.nan])
-def test_a_tie_or_a_nan_counts_as_a_miss(value):
+def test_a_tie_or_a_nan_counts_as_a_miss_and_a_constant_scores_nothing(value):
     similarity = (torch.arange(40)[:, None] == FIVE_EACH).float()
     similarity[0, 5] = value  # photo 0 with the first caption of photo 1: one query each way
     found = recall_at_k(similarity, FIVE_EACH, ks=(1, 2))
     assert found == recall({1: 199 / 200, 2: 1}, {1: 39 / 40, 2: 1})
+    nothing = {1: 0, 5: 0, 10: 0}
+    assert recall_at_k(torch.full((40, 200), value), FIVE_EACH) == recall(nothing, nothing)
 
 
 E = torch.zeros(6, 24)
-OTHER_PHOTOS = E[:, None], E[:4, None]
+OTHERS = E[:, None], E[:4, None]
 BAD_TENSORS = {
     # What PyTorch would take is refused by name;
     "logits that are not square": (lambda m: contrastive_loss(E), ValueError, r"logits_per_image is \(6, 24"),
-    "captions of others": (lambda m: clip.multiview_loss(m, *OTHER_PHOTOS), ValueError, r"is \(6, 4\)"),
+    "captions of others": (lambda m: clip.multiview_loss(m, *OTHERS), ValueError, r"is \(6, 4\)"),
     "an owner below 0": (lambda m: recall_at_k(E, torch.full((24,), -1)), ValueError, "outside the 6"),
-    "an owner too many": (lambda m: recall_at_k(E, torch.full((24,), 6)), ValueError, "outside the 6"),
     # the rest by PyTorch.
     "other sizes": (lambda m: m.encode_image(torch.zeros(2, 3, 48, 48)), RuntimeError, "size"),
-    "channels last": (lambda m: m.encode_image(torch.zeros(2, 40, 40, 3)), RuntimeError, ""),
-    "photos as uint8": (lambda m: m.encode_image(photos(2).byte()), RuntimeError, ""),
-    "ids as floats": (lambda m: m.encode_text(captions([3], 16).float()), RuntimeError, ""),
+    "ids as floats": (lambda m: m.encode_text(captions([3]).float()), RuntimeError, ""),
     "too many tokens": (lambda m: m.encode_text(captions([3], 17)), RuntimeError, ""),
 }
 
@@ -681,11 +740,7 @@ def test_a_wrong_tensor_is_an_error(call, error, message):
 # --- Starting values -------------------------------------------------------------------------------------
 
 
-def test_the_logits_start_at_a_scale_of_14_29_and_not_1_07():
-    assert difference(CLIP(SMALL).logit_scale, torch.tensor(2.6593)) < 1e-4
-
-
-def test_every_parameter_starts_at_the_scale_of_openai():
+def test_every_parameter_starts_at_the_scale_of_openai_and_the_logits_at_14_29_not_1_07():
     std = {
         "visual_projection.weight": 48**-0.5,
         "text_projection.weight": 32**-0.5,
@@ -706,6 +761,7 @@ def test_every_parameter_starts_at_the_scale_of_openai():
         for name in std:
             model.get_parameter(name).fill_(torch.nan)
     clip.init_weights(model)
+    assert difference(model.logit_scale, torch.tensor(2.6593)) < 1e-4
     for name, parameter in model.named_parameters():
         if name in std:
             # Four standard errors of a standard deviation and of a mean.
@@ -717,37 +773,31 @@ def test_every_parameter_starts_at_the_scale_of_openai():
 
 # --- Padding and the end token ---------------------------------------------------------------------------
 
-
-@both_text_towers
-def test_nothing_after_the_end_token_matters(causal):
-    model, ids = small_model(causal=causal), captions([3, 6, 9], 16)
-    alone = torch.cat([model.encode_text(ids[i : i + 1, :length]) for i, length in enumerate([3, 6, 9])])
-    garbage = ids.where(before([3, 6, 9], 16), torch.randint(100, (3, 16)))
-    assert difference(model.encode_text(ids), alone) < 1e-6
-    assert difference(model.encode_text(ids[:, :9]), alone) < 1e-6
-    assert difference(model.encode_text(garbage), model.encode_text(ids)) == 0
+both_text_towers = pytest.mark.parametrize("causal", [False, True], ids=["bert", "causal"])
 
 
 @both_text_towers
-def test_every_word_before_the_end_token_matters(causal):
-    model, ids = small_model(causal=causal), captions([9], 16)
-    for position in range(8):
-        assert difference(model.encode_text(another_word(ids, position)), model.encode_text(ids)) > 1e-2
+def test_a_caption_is_read_at_its_first_end_token_and_nothing_after_it_matters(causal):
+    model, lengths = small_model(causal=causal), [3, 6, 16]
+    ids = captions(lengths)
+    pooled = model.text_model(ids)
+    assert difference(pooled, words_of(model, ids)[[0, 1, 2], [2, 5, 15]]) == 0
+    alone = torch.cat([model.text_model(ids[i : i + 1, :length]) for i, length in enumerate(lengths)])
+    assert difference(pooled, alone) < 1e-5
+    garbage = ids.where(before(lengths, 16), torch.randint(100, (3, 16)))
+    assert difference(pooled, model.text_model(garbage)) == 0
 
 
 @both_text_towers
-def test_a_caption_is_read_at_its_first_end_token(causal):
-    model, ids = small_model(causal=causal), captions([2, 7, 16], 16)
-    assert difference(model.text_model(ids), words_of(model, ids)[[0, 1, 2], [1, 6, 15]]) == 0
-
-
-@both_text_towers
-def test_in_a_bert_tower_every_word_sees_the_last_in_a_causal_one_none_sees_a_later_one(causal):
-    model, ids = small_model(causal=causal), captions([9], 16)
-    words, changed = words_of(model, ids), words_of(model, another_word(ids, 7))
-    for position in range(7):
-        gap = difference(words[:, position], changed[:, position])
-        assert gap == 0 if causal else gap > 1e-2
+def test_every_word_matters_to_all_others_but_in_a_causal_tower_not_to_those_before_it(causal):
+    model, ids = small_model(causal=causal), captions([9])
+    words = words_of(model, ids)
+    for place in range(8):
+        changed = ids.clone()
+        changed[:, place] = (ids[:, place] + 1) % SMALL.eos_token_id
+        gaps = (words_of(model, changed) - words).abs().amax(dim=2)[0, :9]
+        assert (gaps[place:] > 1e-2).all()
+        assert (gaps[:place] == 0).all() if causal else (gaps[:place] > 1e-2).all()
 
 
 # --- Dropping patches and words --------------------------------------------------------------------------
@@ -782,19 +832,21 @@ def test_word_dropout_replaces_a_share_of_the_tokens_in_training_and_none_in_eva
 
 
 def test_replaced_words_leave_a_caption_read_at_its_end_token():
-    model, ids = small_model().train(), captions([3, 6, 9], 16)
+    model, ids, read = small_model().train(), captions([3, 6, 9]), []
     model.text_model.embeddings.word_dropout = 0.99
-    assert difference(model.text_model(ids), words_of(model, ids)[range(3), [2, 5, 8]]) > 0
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        read.append(words_of(model, ids)[range(3), [2, 5, 8]])
     torch.manual_seed(1)
     pooled = model.text_model(ids)
-    torch.manual_seed(1)
-    assert difference(pooled, words_of(model, ids)[range(3), [2, 5, 8]]) == 0
+    assert difference(pooled, read[0]) == 0
+    assert difference(pooled, read[2]) > 0
 
 
 # --- Many pairs ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("crops, sentences", [(1, 1), (2, 3), (3, 1), (1, 2)])
+@pytest.mark.parametrize("crops, sentences", [(1, 1), (2, 3), (3, 1)])
 def test_all_crops_and_captions_of_a_photo_are_positives_of_each_other(crops, sentences):
     model = small_model()
     images = F.normalize(torch.randn(7, crops, 24), dim=-1)
@@ -845,7 +897,6 @@ def test_adapters_in_one_tower_alone_train(target, micro_batch):
 # --- Released weights ------------------------------------------------------------------------------------
 
 SIZES = {
-    "patch 8": {},
     "patch 20": dict(patch_size=20),
     "legacy end token": dict(vocab_size=90, eos_token_id=89),
     "wider": dict(vision=TowerConfig(96, 4, 6, 192), projection_dim=40, image_size=56, patch_size=14),
@@ -853,13 +904,13 @@ SIZES = {
 
 
 @pytest.mark.parametrize("changes", SIZES.values(), ids=SIZES)
-def test_released_weights_give_the_logits_that_transformers_gives(changes, tmp_path):
+def test_released_weights_give_the_logits_that_transformers_gives(changes):
     config = replace(OPENAI_SMALL, **changes)
-    theirs, inputs = released_folder(tmp_path, config)
+    theirs, inputs = released_folder("base", config)
     if "eos_token_id" in changes:
-        reconfigure(tmp_path, text_config=dict(eos_token_id=2))  # what OpenAI's released ones say
-        theirs = transformers.CLIPModel.from_pretrained(tmp_path)
-    ours = finetune.from_pretrained(tmp_path)
+        reconfigure(eos_token_id=2)  # what OpenAI's released ones say
+        theirs = transformers.CLIPModel.from_pretrained("base")
+    ours = finetune.from_pretrained("base")
     assert ours.config == config and not ours.training
     assert difference(ours(*inputs), their_logits(theirs, *inputs)) < 1e-5
 
@@ -874,64 +925,51 @@ def test_openais_released_weights_give_the_logits_that_transformers_gives():
     assert difference(ours(*inputs), their_logits(theirs, *inputs)) < 1e-4
 
 
-def test_what_we_save_transformers_opens_and_gives_the_same_logits(tmp_path):
-    theirs, inputs = released_folder(tmp_path / "theirs", OPENAI_SMALL)
+def test_what_we_save_transformers_opens_and_gives_the_same_logits():
+    theirs, inputs = released_folder("base", OPENAI_SMALL)
     tokenizer = data.train_tokenizer(["dogs"])  # which knows it as one word
-    tokenizer.save_pretrained(tmp_path / "theirs")
-    ours = finetune.from_pretrained(tmp_path / "theirs")
-    finetune.save_pretrained(ours, tmp_path / "ours")
-    again = transformers.CLIPModel.from_pretrained(tmp_path / "ours").eval()
+    tokenizer.save_pretrained("base")
+    finetune.save_pretrained(finetune.from_pretrained("base"), "ours")
+    again = transformers.CLIPModel.from_pretrained("ours").eval()
     assert difference(their_logits(again, *inputs), their_logits(theirs, *inputs)) < 1e-5
-    assert finetune.from_pretrained(tmp_path / "ours").config == OPENAI_SMALL
+    assert finetune.from_pretrained("ours").config == OPENAI_SMALL
 
-    processor = transformers.CLIPProcessor.from_pretrained(tmp_path / "ours")
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8))
-    image.save(tmp_path / "a.png")
+    image, processor = (
+        noise_photo(Path("a.png"), (60, 90)),
+        transformers.CLIPProcessor.from_pretrained("ours"),
+    )
     batch = processor(text=["dogs"], images=image, return_tensors="pt")
     assert batch["input_ids"].tolist() == data.tokenize(tokenizer, ["dogs"], 3).tolist()
-    pixels = data.normalize(torch.tensor(data.load_photo(tmp_path / "a.png", 40))[None])
-    assert difference(batch["pixel_values"], pixels) < 1e-5
+    assert difference(batch["pixel_values"][0], prepared("a.png", 40)) < 1e-5
 
 
 @torch.no_grad()
-def test_a_merged_model_is_saved_for_transformers_as_the_adapted_one(tmp_path):
-    model, inputs = shaken(adapted(causal=True)), (photos(4), captions([2, 5, 9, 16], 16))
+def test_a_merged_model_is_saved_for_transformers_as_the_adapted_one():
+    model, inputs = shaken(adapted(causal=True)), (photos(4), captions([2, 5, 9, 16]))
     expected = model(*inputs)
     lora.merge(model)
-    finetune.save_pretrained(model, tmp_path, data.train_tokenizer(["a"]))
-    theirs = transformers.CLIPModel.from_pretrained(tmp_path).eval()
+    finetune.save_pretrained(model, "merged", data.train_tokenizer(["a"]))
+    theirs = transformers.CLIPModel.from_pretrained("merged").eval()
     assert difference(their_logits(theirs, *inputs), expected) < 1e-5
 
 
-RELU = dict(hidden_act="relu")
+NAN = {"logit_scale": torch.tensor(torch.nan)}
 BAD_FOLDERS = {
-    "another norm": (lambda x: reconfigure(x, text_config=dict(layer_norm_eps=0.1)), "has a norm that"),
-    "no such activation": (
-        lambda x: reconfigure(x, vision_config=RELU, text_config=RELU),
-        "an activation that",
-    ),
-    "two activations": (lambda x: reconfigure(x, text_config=dict(hidden_act="gelu")), "an activation that"),
-    "another shape": (
-        lambda x: reconfigure(x, vision_config=dict(intermediate_size=100)),
-        "not one whole|no CLIP",
-    ),
-    "a tensor missing": (lambda x: replace_tensor(x, "visual_projection.weight", None), "not one whole CLIP"),
-    "a tensor too many": (
-        lambda x: replace_tensor(x, "adapter.weight", torch.zeros(3)),
-        "not one whole CLIP",
-    ),
-    "a NaN": (lambda x: replace_tensor(x, "logit_scale", torch.tensor(torch.nan)), "holds NaN or infinity"),
-    "an adapter beside it": (lambda x: lora.save_adapter(adapted(), x), "not one whole CLIP"),
-    "cut short": (lambda x: os.truncate(x / "model.safetensors", 5000), "no CLIP in"),
+    "another norm": (lambda: reconfigure(layer_norm_eps=0.1), "has a norm that"),
+    "another activation": (lambda: reconfigure(hidden_act="gelu"), "an activation that"),
+    "a tensor missing": (lambda: replace_tensor("visual_projection.weight", {}), "not one whole CLIP"),
+    "an adapter beside it": (lambda: lora.save_adapter(adapted(), "base"), "not one whole CLIP"),
+    "a NaN": (lambda: replace_tensor("logit_scale", NAN), "holds NaN or infinity"),
+    "cut short": (lambda: os.truncate("base/model.safetensors", 5000), "no CLIP in"),
 }
 
 
-@pytest.mark.parametrize("spoil, message", BAD_FOLDERS.values(), ids=BAD_FOLDERS)
-def test_a_folder_that_is_not_one_whole_clip_that_ours_can_express_is_refused(spoil, message, tmp_path):
-    released_folder(tmp_path, OPENAI_SMALL)
-    spoil(tmp_path)
+@pytest.mark.parametrize("change, message", BAD_FOLDERS.values(), ids=BAD_FOLDERS)
+def test_a_folder_that_is_not_one_whole_clip_that_ours_can_express_is_refused(change, message):
+    released_folder("base", OPENAI_SMALL)
+    change()
     with pytest.raises(data.InputError, match=message) as error:
-        finetune.from_pretrained(tmp_path)
+        finetune.from_pretrained("base")
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -943,10 +981,10 @@ BAD_EXPORTS = {
 
 
 @pytest.mark.parametrize("make, message", BAD_EXPORTS.values(), ids=BAD_EXPORTS)
-def test_what_transformers_could_not_open_is_not_saved(make, message, tmp_path):
+def test_what_transformers_could_not_open_is_not_saved(make, message):
     with pytest.raises(data.InputError, match=message):
-        finetune.save_pretrained(make(), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        finetune.save_pretrained(make(), "out")
+    assert not Path("out").exists()
 
 
 # --- LoRA ------------------------------------------------------------------------------------------------
@@ -955,8 +993,9 @@ both_scales = pytest.mark.parametrize("use_rslora", [False, True], ids=["alpha /
 
 
 @both_scales
-def test_lora_outputs_and_gradients_equal_pefts(use_rslora):
+def test_lora_outputs_gradients_and_twenty_steps_of_adamw_equal_pefts(use_rslora):
     ours, theirs, inputs = lora_pair(use_rslora=use_rslora)
+    start = {name: weight.clone() for name, weight in lora_weights(ours).items()}
     a, b = ours(**inputs), theirs(**inputs)
     assert difference(a.logits_per_image, b.logits_per_image) < 1e-6
     a.loss.backward()
@@ -964,6 +1003,14 @@ def test_lora_outputs_and_gradients_equal_pefts(use_rslora):
     expected = {our_name(name): gradient for name, gradient in gradients(theirs).items()}
     assert len(expected) == 2 * 3 * 5
     assert difference(gradients(ours), expected) < 1e-6
+    for model in (ours, theirs):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        for _ in range(20):
+            optimizer.zero_grad()
+            model(**inputs).loss.backward()
+            optimizer.step()
+    assert difference(lora_weights(ours), start) > 1e-2
+    assert difference(lora_weights(ours), lora_weights(theirs)) < 1e-5
 
 
 def test_lora_dropout_is_pefts():
@@ -976,19 +1023,6 @@ def test_lora_dropout_is_pefts():
     assert difference(losses[0], ours.eval()(**inputs).loss) > 1e-3
 
 
-def test_twenty_steps_of_adamw_leave_the_same_a_and_b_as_peft():
-    ours, theirs, inputs = lora_pair()
-    start = {name: weight.clone() for name, weight in lora_weights(ours).items()}
-    for model in (ours, theirs):
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        for _ in range(20):
-            optimizer.zero_grad()
-            model(**inputs).loss.backward()
-            optimizer.step()
-    assert difference(lora_weights(ours), start) > 1e-2
-    assert difference(lora_weights(ours), lora_weights(theirs)) < 1e-5
-
-
 @torch.no_grad()
 def test_merged_equals_unmerged_and_pefts_merge_and_unload():
     ours, theirs, inputs = lora_pair()
@@ -997,8 +1031,7 @@ def test_merged_equals_unmerged_and_pefts_merge_and_unload():
     lora.merge(ours)
     assert difference(ours(**inputs).logits_per_image, unmerged) < 1e-5
     assert difference(theirs.merge_and_unload()(**inputs).logits_per_image, unmerged) < 1e-5
-    q_proj = "vision_model.encoder.layers.1.self_attn.q_proj.weight"
-    assert difference(ours.state_dict()[q_proj], base[q_proj]) > 1e-2
+    assert difference(ours.state_dict(), base) > 1e-2
     lora.unmerge(ours)
     assert difference(ours.state_dict(), base) < 1e-6
     assert difference(ours(**inputs).logits_per_image, unmerged) < 1e-5
@@ -1012,8 +1045,6 @@ def test_merging_into_a_bf16_base_does_not_round_the_adapter():
     base, delta = layer.weight.clone(), 2 * layer.lora_B @ layer.lora_A
     lora.merge(layer)
     assert difference(layer.weight, base + delta) < 1e-8 and layer.weight.dtype == torch.float32
-    lora.unmerge(layer)
-    assert difference(layer.weight, base.float()) < 1e-7
 
 
 TWO_MODULES = ["text_projection", "vision_model.encoder.layers.1.mlp.fc1"]
@@ -1021,17 +1052,17 @@ TWO_MODULES = ["text_projection", "vision_model.encoder.layers.1.mlp.fc1"]
 
 @pytest.mark.parametrize("targets, saved", [(QKV, sorted(QKV)), (TWO_MODULES, TWO_MODULES)])
 @torch.no_grad()
-def test_an_adapter_saved_here_opens_in_peft_and_gives_the_same_logits(targets, saved, tmp_path):
+def test_an_adapter_saved_here_opens_in_peft_and_gives_the_same_logits(targets, saved):
     ours, _, inputs = lora_pair(targets=targets)
-    lora.save_adapter(ours, tmp_path, "somebody/clip")
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    lora.save_adapter(ours, "ours", "somebody/clip")
+    config = json.loads(Path("ours/adapter_config.json").read_text())
     assert (config["target_modules"], config["base_model_name_or_path"]) == (saved, "somebody/clip")
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(Path("ours").iterdir())) == 2
 
     plain = hugging_face(OPENAI_SMALL).eval()
     plain.load_state_dict({name: p for name, p in ours.state_dict().items() if "lora_" not in name})
     base = plain(**inputs).logits_per_image
-    theirs = peft.PeftModel.from_pretrained(plain, tmp_path).eval()
+    theirs = peft.PeftModel.from_pretrained(plain, "ours").eval()
     assert len(lora_weights(theirs)) == len(lora_weights(ours))
     assert difference(theirs(**inputs).logits_per_image, ours(**inputs).logits_per_image) < 1e-6
     assert difference(base, ours(**inputs).logits_per_image) > 1e-3
@@ -1039,45 +1070,39 @@ def test_an_adapter_saved_here_opens_in_peft_and_gives_the_same_logits(targets, 
 
 @both_scales
 @torch.no_grad()
-def test_an_adapter_saved_by_peft_opens_here_in_our_clip_too(use_rslora, tmp_path):
+def test_an_adapter_saved_by_peft_opens_here_in_our_clip_too(use_rslora):
     _, theirs, inputs = lora_pair(use_rslora=use_rslora)
-    theirs.save_pretrained(tmp_path)
+    theirs.save_pretrained("theirs")
     expected = theirs(**inputs).logits_per_image
-    plain = theirs.unload()
-    ours = CLIP(OPENAI_SMALL).eval()
+    plain, ours = theirs.unload(), CLIP(OPENAI_SMALL).eval()
     ours.load_state_dict(plain.state_dict())
     assert difference(ours(inputs["pixel_values"], inputs["input_ids"]), expected) > 1e-3
     for model in (plain, ours):
-        lora.load_adapter(model, tmp_path)
+        lora.load_adapter(model, "theirs")
     assert difference(plain(**inputs).logits_per_image, expected) < 1e-6
     assert difference(ours(inputs["pixel_values"], inputs["input_ids"]), expected) < 1e-5
 
 
-@pytest.mark.parametrize("r, trainable, percent", [(64, 5_898_240, 3.79), (8, 737_280, 0.49)])
-def test_the_study_trains_379_percent_at_r_64(r, trainable, percent):
-    with torch.device("meta"):
-        model = CLIP(OPENAI_B_16)
-        assert lora.add_lora(model, r, 2 * r) == 72
-    found, everything = lora.trainable_parameters(model)
-    assert (found, everything) == (trainable, 149_620_737 + trainable)
-    assert round(100 * found / everything, 2) == percent
+def test_a_recipe_makes_its_adapters_and_trains_379_percent_at_r_64():
+    for r, trainable, percent in ((64, 5_898_240, 3.79), (8, 737_280, 0.49)):
+        with torch.device("meta"):
+            model = CLIP(OPENAI_B_16)
+            finetune.insert(model, finetune.LoRARecipe(r=r, alpha=3.0 * r, dropout=0.2))
+        layers = lora.adapters(model).values()
+        assert len(layers) == 72
+        assert all((layer.r, layer.alpha, layer.dropout.p) == (r, 3.0 * r, 0.2) for layer in layers)
+        found, everything = lora.trainable_parameters(model)
+        assert (found, everything) == (trainable, 149_620_737 + trainable)
+        assert round(100 * found / everything, 2) == percent
 
 
-@pytest.mark.parametrize("training, dropout", [(True, 0.0), (True, 0.5), (False, 0.5)])
-def test_a_new_adapter_changes_nothing_exactly(training, dropout):
-    model, inputs = small_model().train(training), (photos(3), captions([3, 5, 9], 16))
+def test_a_new_adapter_changes_nothing_exactly_and_drops_out_only_in_training():
+    model, inputs = small_model().eval(), (photos(3), captions([3, 5, 9]))
     expected = model(*inputs)
-    lora.add_lora(model, 4, 8, dropout, [*QKV, "out_proj", "fc1", "fc2", "text_projection"])
-    assert difference(model(*inputs), expected) == 0
-
-
-def test_adapters_of_a_model_in_eval_mode_have_no_dropout():
-    model, pixels = small_model().eval(), photos(3)
-    lora.add_lora(model, 4, 8, dropout=0.5)
-    shaken(model)
-    assert difference(model.encode_image(pixels), model.encode_image(pixels)) == 0
-    model.train()
-    assert difference(model.encode_image(pixels), model.encode_image(pixels)) > 1e-3
+    lora.add_lora(model, 4, 8, 0.5, [*QKV, "out_proj", "fc1", "fc2", "text_projection"])
+    assert not any(module.training for module in model.modules())
+    assert difference(model.train()(*inputs), expected) == 0
+    assert difference(shaken(model)(*inputs), model(*inputs)) > 1e-3
 
 
 def test_a_starts_uniform_within_one_over_sqrt_in_and_b_at_zero():
@@ -1097,59 +1122,13 @@ def test_strength_leads_from_the_base_to_the_adapted_model():
         assert difference(model(x), base + strength * 3 * x @ model.lora_A.T @ model.lora_B.T) < 1e-5
 
 
-def test_what_is_wrong_with_an_adapter_is_bad_input_to_a_study():
-    recipe, model = finetune.LoRARecipe(r=3, alpha=6.0, dropout=0.2, targets=("fc1",)), small_model()
-    with pytest.raises(data.InputError, match="no plain Linear of the model is called 'query'"):
-        finetune.insert(model, replace(recipe, targets=("query",)))
-    finetune.insert(model, replace(recipe, r=0))
-    assert all(p.requires_grad for p in model.parameters())  # nothing was put in, and all trains
-    finetune.insert(model, recipe)
-    layers = lora.adapters(model)
-    assert len(layers) == 5 and all(name.endswith("mlp.fc1") for name in layers)
-    assert all((layer.r, layer.alpha, layer.dropout.p) == (3, 6.0, 0.2) for layer in layers.values())
-
-
-def merged():
-    model = adapted()
-    lora.merge(model)
-    return model
-
-
-def poisoned(value=torch.nan):
-    model = adapted()
-    model.vision_model.encoder.layers[1].self_attn.q_proj.lora_A.data[0, 0] = value
-    return model
-
-
-def loaded(model=None, saved=None, **config):
-    """Loads into a model the adapter that `saved` wrote, its configuration changed. It fails: that leaves the
-    model as it was."""
-    model = model or small_model()
-    with tempfile.TemporaryDirectory() as folder:
-        lora.save_adapter(saved or adapted(), folder)
-        file = Path(folder) / "adapter_config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | config))
-        weights = {name: p.clone() for name, p in model.state_dict().items()}
-        try:
-            lora.load_adapter(model, folder)
-        finally:
-            assert difference(model.state_dict(), weights) == 0
-
-
-WIDER, SHALLOWER = TowerConfig(64, 3, 4, 96), TowerConfig(48, 2, 4, 96)
 HIDDEN = torch.nn.MultiheadAttention(8, 2)  # its out_proj is a Linear that isn't called
 BAD_LORA = {
     "r = 0": (lambda: adapted(r=0), "r is 0"),
-    "r < 0": (lambda: adapted(r=-4), "r is -4"),
-    "r is a fraction": (lambda: adapted(r=2.5), "r is 2.5"),
-    "alpha = 0": (lambda: adapted(alpha=0), "alpha is 0"),
-    "alpha is NaN": (lambda: adapted(alpha=math.nan), "alpha is nan"),
     "dropout = 1": (lambda: adapted(dropout=1.0), "dropout 1.0"),
-    "no such target": (lambda: adapted(targets=["q_proj", "query"]), "no plain Linear of the model"),
-    "a target that is no Linear": (lambda: adapted(targets=["layer_norm1"]), "'layer_norm1'"),
-    "half a name": (lambda: adapted(targets=["proj"]), "'proj'"),
-    "no targets": (lambda: adapted(targets=[]), "no targets"),
+    "half a name": (lambda: adapted(targets=["proj"]), "no plain Linear of the model is called 'proj'"),
     "a hidden Linear": (lambda: lora.add_lora(HIDDEN, 2, 4, targets=["out_proj"]), "no plain Linear"),
+    "no targets": (lambda: adapted(targets=[]), "no targets"),
     "adapters twice": (lambda: lora.add_lora(adapted(), 4, 8), "has adapters already"),
     "merge twice": (lambda: lora.merge(merged()), "merged already"),
     "merge without adapters": (lambda: lora.merge(small_model()), "has no adapters"),
@@ -1157,57 +1136,38 @@ BAD_LORA = {
     "unmerge unmerged": (lambda: lora.unmerge(adapted()), "not merged"),
     "strength while merged": (lambda: lora.set_strength(merged(), 0.5), "are merged"),
     "an infinite strength": (lambda: lora.set_strength(adapted(), torch.inf), "strength is inf"),
-    "save without adapters": (lambda: lora.save_adapter(small_model(), "out"), "has no adapters"),
     "load NaN": (lambda: loaded(saved=poisoned()), "infinity in vision_model.encoder.layers.1"),
-    "load infinity": (lambda: loaded(saved=poisoned(-torch.inf)), "NaN or infinity"),
-    "load another shape": (lambda: loaded(small_model(vision=WIDER)), "doesn't fit"),
-    "load for more layers": (lambda: loaded(small_model(vision=SHALLOWER)), "doesn't fit"),
-    "load with another r": (lambda: loaded(r=3), "doesn't fit"),
-    "load twice": (lambda: loaded(adapted()), "has adapters already"),
+    "load another shape": (lambda: loaded(r=3), "doesn't fit"),
+    "load twice": (lambda: loaded(model=adapted()), "has adapters already"),
     "load PiSSA": (lambda: loaded(init_lora_weights="pissa"), "init_lora_weights is pissa"),
     "load DoRA": (lambda: loaded(use_dora=True), "its use_dora is True"),
-    "load prefix tuning": (lambda: loaded(peft_type="PREFIX_TUNING"), "not plain LoRA"),
-    "load ranks that differ": (lambda: loaded(rank_pattern={"q_proj": 2}), "rank_pattern"),
     "load alpha as a word": (lambda: loaded(lora_alpha="big"), "can be read"),
-    "load from nowhere": (lambda: lora.load_adapter(small_model(), "nowhere"), "can be read"),
 }
 
 
 @pytest.mark.parametrize("call, message", BAD_LORA.values(), ids=BAD_LORA)
-def test_bad_adapters_are_one_clear_error(call, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_bad_adapters_are_one_clear_error(call, message):
     with pytest.raises(ValueError) as error:
         call()
     assert message in str(error.value) and len(str(error.value).splitlines()) == 1
-    assert list(tmp_path.iterdir()) == []
 
 
 # --- Captions --------------------------------------------------------------------------------------------
 
 
-def kaggle_without_header(folder):
-    kaggle(folder)
-    _, *lines = (folder / "results.csv").read_text().split("\n")
-    (folder / "results.csv").write_text("\n".join(lines))
-
-
 @pytest.mark.parametrize("write", [karpathy, kaggle, kaggle_without_header, hub, flickr8k])
-def test_every_form_of_flickr_gives_the_same_captions(write, tmp_path):
-    write(tmp_path)
-    _, found = data.read_captions(tmp_path)
+def test_every_form_of_flickr_gives_the_same_captions_and_published_splits_win(write):
+    write(Path())
+    if write in (karpathy, hub):  # beside a file without splits
+        kaggle(Path())
+    _, found = data.read_captions(".")
     assert {name: sentences for name, (_, sentences) in found.items()} == CAPTIONS
+    if write in (karpathy, hub):
+        assert {name: split for name, (split, _) in found.items()} == SPLIT
 
 
-@pytest.mark.parametrize("write", [karpathy, hub])
-def test_published_splits_are_kept_and_win_over_a_file_without_them(write, tmp_path):
-    kaggle(tmp_path)
-    write(tmp_path)
-    _, found = data.read_captions(tmp_path)
-    assert {name: split for name, (split, _) in found.items()} == SPLIT
-
-
-def test_of_karpathys_three_files_the_one_named_like_the_folder_is_read(tmp_path):
-    folder = tmp_path / "flickr30k"
+def test_of_karpathys_three_files_the_one_named_like_the_folder_is_read():
+    folder = Path("flickr30k")
     folder.mkdir()
     karpathy(folder)
     for other in ("coco", "flickr8k"):
@@ -1215,44 +1175,36 @@ def test_of_karpathys_three_files_the_one_named_like_the_folder_is_read(tmp_path
     assert data.read_captions(folder)[0].name == "dataset_flickr30k.json"
 
 
-def test_line_breaks_and_odd_separators_inside_a_caption_stay_inside_it(tmp_path):
+def test_line_breaks_and_odd_separators_inside_a_caption_stay_inside_it():
     odd = 'a "dog", it\u2028runs\x85and\fbarks | loud\nand clear'
-    write_rows(tmp_path / "captions.txt", [["image", "caption"], ["1.jpg", odd], ["2.jpg", "a cat"]])
-    _, found = data.read_captions(tmp_path)
+    write_rows("captions.txt", [["image", "caption"], ["1.jpg", odd], ["2.jpg", "a cat"]])
+    _, found = data.read_captions(".")
     one_line = 'a "dog", it runs and barks | loud and clear'
     assert found["1.jpg"][1] == [one_line] and found["2.jpg"][1] == ["a cat"]
-    (tmp_path / "captions.txt").unlink()
-    (tmp_path / "results.csv").write_text("name| number| comment\n1.jpg| 0| a dog\u2028runs | on\n")
-    assert data.read_captions(tmp_path)[1]["1.jpg"][1] == ["a dog runs | on"]
+    Path("results.csv").write_text("name| number| comment\n1.jpg| 0| a dog\u2028runs | on\n")
+    assert data.read_captions(".")[1]["1.jpg"][1] == ["a dog runs | on"]
 
 
-def test_a_photos_own_name_decides_its_split(tmp_path):
-    kaggle(tmp_path)
-    _, first = data.read_captions(tmp_path)
-    header, *rows = (tmp_path / "results.csv").read_text().splitlines()
-    (tmp_path / "results.csv").write_text("\n".join([header, "new.jpg| 0| one more", *reversed(rows)]))
-    _, second = data.read_captions(tmp_path)
-    assert all(second[name][0] == split for name, (split, _) in first.items())
-    assert {split for split, _ in first.values()} == {"train", "val", "test"}
-
-
-def test_without_a_split_file_1_photo_in_20_goes_to_val_and_1_in_20_to_test(tmp_path):
-    rows = "".join(f"{i}.jpg| 0| a dog\n" for i in range(31_783))
-    (tmp_path / "results.csv").write_text(f"image_name| comment_number| comment\n{rows}")
-    splits = [split for split, _ in data.read_captions(tmp_path)[1].values()]
+def test_without_a_split_file_a_photos_own_name_sends_1_in_20_to_val_and_1_in_20_to_test():
+    found = []
+    for numbers in (range(31_783), range(30_000, 0, -1)):
+        Path("results.csv").write_text("".join(f"{i}.jpg| 0| a dog\n" for i in numbers))
+        found.append({name: split for name, (split, _) in data.read_captions(".")[1].items()})
+    splits = list(found[0].values())
     assert 0.047 < splits.count("val") / 31_783 < 0.053
     assert 0.047 < splits.count("test") / 31_783 < 0.053
+    assert found[1].items() <= found[0].items()
 
 
 @pytest.mark.parametrize("write", [karpathy, kaggle, hub, flickr8k])
-def test_200_mutated_captions_files_are_read_or_refused_in_one_line(write, tmp_path):
-    write(tmp_path)
-    file, rng, refused = next(tmp_path.iterdir()), random.Random(0), 0
+def test_200_mutated_captions_files_are_read_or_refused_in_one_line(write):
+    write(Path())
+    (file,), rng, refused = Path().iterdir(), random.Random(0), 0
     content = file.read_bytes()[:3000]
     for _ in range(200):
         file.write_bytes(mutated(content, rng))
         try:
-            _, found = data.read_captions(tmp_path)
+            _, found = data.read_captions(".")
             data.find_photos(file, found)
         except data.InputError as error:
             refused += 1
@@ -1267,121 +1219,96 @@ def test_200_mutated_captions_files_are_read_or_refused_in_one_line(write, tmp_p
 # --- Photos ----------------------------------------------------------------------------------------------
 
 
-def prepared(path):
-    """Our preprocessing of a file, (224, 224, 3)."""
-    return data.normalize(torch.tensor(data.load_photo(path, 224))[None])[0].permute(1, 2, 0)
-
-
-def processed(image):
-    """Hugging Face's, in the same layout."""
-    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 224}, crop_size=224)
-    return torch.as_tensor(np.asarray(processor(image)["pixel_values"][0])).permute(1, 2, 0)
-
-
 @pytest.mark.parametrize("shape", [(375, 500), (500, 333), (224, 224), (225, 640), (37, 61)])
-def test_photos_become_exactly_the_pixels_of_clip_image_processor(shape, tmp_path):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8))
-    image.save(tmp_path / "a.png")
-    assert difference(prepared(tmp_path / "a.png"), processed(image)) < 1e-5
+def test_photos_become_exactly_the_pixels_of_clip_image_processor(shape):
+    image = noise_photo(Path("a.png"), shape)
+    assert difference(prepared("a.png"), processed(image)) < 1e-5
 
 
-@pytest.mark.skipif("FLICKR" not in os.environ, reason="set FLICKR to a folder of Flickr photos")
+@pytest.mark.skipif("FLICKR" not in os.environ, reason="set FLICKR to a folder of Flickr photos, from /")
 def test_real_photos_become_exactly_the_pixels_of_clip_image_processor():
     paths = list(data.find_photos(*data.read_captions(os.environ["FLICKR"])).values())
     for path in paths[:20]:
         assert difference(prepared(path), processed(Image.open(path))) < 1e-5
 
 
-# name: (mode, colour, file name and options of saving, RGB that must come out)
+# name: (mode, size, colour, format of a file that is called .jpg, RGB that must come out)
 ODD_PHOTOS = {
-    "grey": ("L", 200, "a.jpg", (200, 200, 200)),
-    "cmyk": ("CMYK", (0, 255, 255, 0), "a.jpg", (255, 0, 0)),
-    "palette": ("P", 0, "a.png", (0, 0, 0)),
-    "transparent": ("RGBA", (9, 9, 9, 0), "a.png", (255, 255, 255)),
+    "grey": ("L", (40, 20), 200, "JPEG", (200, 200, 200)),
+    "cmyk": ("CMYK", (40, 20), (0, 255, 255, 0), "JPEG", (255, 0, 0)),
+    "palette": ("P", (40, 20), 0, "PNG", (0, 0, 0)),
+    "transparent": ("RGBA", (40, 20), (9, 9, 9, 0), "PNG", (255, 255, 255)),
+    "a strip": ("RGB", (1, 4000), (7, 8, 9), "PNG", (7, 8, 9)),
 }
 
 
-@pytest.mark.parametrize("name", ODD_PHOTOS)
-def test_odd_photos_come_out_in_their_colours(name, tmp_path):
-    mode, colour, file, expected = ODD_PHOTOS[name]
-    Image.new(mode, (40, 20), colour).save(tmp_path / file)
-    photo = data.load_photo(tmp_path / file, 16)
+@pytest.mark.parametrize("mode, size, colour, form, expected", ODD_PHOTOS.values(), ids=ODD_PHOTOS)
+def test_odd_photos_come_out_in_their_colours(mode, size, colour, form, expected):
+    Image.new(mode, size, colour).save("a.jpg", form)
+    photo = data.load_photo("a.jpg", 16)
     assert photo.shape == (16, 16, 3)
     assert np.abs(photo.astype(int) - expected).max() <= 3
 
 
-@pytest.mark.parametrize("size", [(40, 20), (1, 1), (1, 4000)])
-def test_photos_of_any_form_and_with_a_wrong_ending_are_read(size, tmp_path):
-    Image.new("RGB", size, (7, 8, 9)).save(tmp_path / "a.jpg", format="PNG")
-    assert (data.load_photo(tmp_path / "a.jpg", 16) == (7, 8, 9)).all()
-
-
-def test_a_photo_taken_with_the_camera_turned_is_upright(tmp_path):
-    image = Image.new("RGB", (40, 40), "black")
+def test_a_photo_taken_with_the_camera_turned_is_upright():
+    image, exif = Image.new("RGB", (40, 40), "black"), Image.Exif()
     image.paste("white", (0, 0, 40, 20))  # white above, as stored
-    exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees clockwise to show
-    image.save(tmp_path / "a.jpg", exif=exif, quality=95)
-    photo = data.load_photo(tmp_path / "a.jpg", 16)
-    assert photo[:, 12:].mean() > 240
-    assert photo[:, :4].mean() < 15
+    image.save("a.jpg", exif=exif, quality=95)
+    photo = data.load_photo("a.jpg", 16)
+    assert photo[:, 12:].mean() > 240 and photo[:, :4].mean() < 15
 
 
-def test_photos_of_200_megapixels_and_of_16_bits_are_refused(tmp_path):
-    Image.new("1", (20_000, 10_000)).save(tmp_path / "1.png")
+def test_photos_of_200_megapixels_and_of_16_bits_are_refused():
+    Image.new("1", (20_000, 10_000)).save("1.png")
     with pytest.raises(Image.DecompressionBombError):
-        data.load_photo(tmp_path / "1.png", 16)
-    Image.fromarray(np.full((50, 60), 30_000, np.uint16)).save(tmp_path / "2.png")
+        data.load_photo("1.png", 16)
+    Image.fromarray(np.full((50, 60), 30_000, np.uint16)).save("2.png")
     with pytest.raises(ValueError, match="8 bits"):
-        data.load_photo(tmp_path / "2.png", 16)
+        data.load_photo("2.png", 16)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "WEBP"])
-def test_200_mutated_photos_are_decoded_or_count_as_broken(form, tmp_path):
-    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
-    Image.fromarray(noise).save(tmp_path / "good", form)
-    rng, content, broken = random.Random(0), (tmp_path / "good").read_bytes(), 0
+def test_200_mutated_photos_are_decoded_or_count_as_broken(form):
+    noise_photo(Path("good.png"), (40, 60)).save("good", form)
+    rng, content, broken = random.Random(0), Path("good").read_bytes(), 0
     for _ in range(200):
-        (tmp_path / "1.jpg").write_bytes(mutated(content, rng))
-        photo = data.decode(tmp_path / "1.jpg", 16)
+        Path("1.jpg").write_bytes(mutated(content, rng))
+        photo = data.decode(Path("1.jpg"), 16)
         broken += photo is None
         assert photo is None or photo.shape == (16, 16, 3)
     assert 20 < broken < 200
 
 
 def test_a_damaged_or_missing_photo_is_named_and_left_out(album, capsys):
-    for i in range(120, 420):  # so many that two are under 1 %
-        shutil.copy(album / "images" / "5.jpg", album / "images" / f"{i}.jpg")
-    images = []
-    for i in range(420):
-        split = "train" if i > 9 else "val"
-        images.append({"filename": f"{i}.jpg", "split": split, "sentences": [{"raw": f"photo {i}"}]})
-    (album / "dataset_flickr30k.json").write_text(json.dumps({"images": images}))
-    (album / "images" / "77.jpg").write_bytes((album / "images" / "77.jpg").read_bytes()[:300])
-    (album / "images" / "88.jpg").unlink()
-    train = load(album)["train"]
-    assert "warning: left out, missing or not to be read: 77.jpg, 88.jpg\n" in capsys.readouterr().err
-    assert not {"77.jpg", "88.jpg"} & set(train.names)
-    assert len(train.names) == len(train.photos) == 408
-    assert train.captions[0] == "photo 10" and train.captions[-1] == "photo 419"
+    replace_in_captions('"test"', '"train"')  # 100 to train on: one may be broken
+    photo = album / "images/77.jpg"
+    for damage in (lambda: os.truncate(photo, 300), photo.unlink):
+        damage()
+        train = load(album)["train"]
+        assert "warning: left out, missing or not to be read: 77.jpg\n" in capsys.readouterr().err
+        assert "77.jpg" not in train.names and len(train.names) == len(train.photos) == 99
+        for row, caption in zip(train.owner, train.captions, strict=True):
+            assert caption in CAPTIONS[train.names[row]]
 
 
 def test_odd_captions_and_photos_are_read(album):
-    images = json.loads((album / "dataset_flickr30k.json").read_text())
     odd = ["word " * 20_000, "🐶🐕", "كلب يجري على العشب", "\u202e reversed", 'a | b ,\n "c"', " "]
-    images["images"][2]["sentences"] = [{"raw": caption} for caption in odd * 9]
-    images["images"][3]["sentences"] = [{"raw": "a single one"}]
-    (album / "dataset_flickr30k.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(images).encode())
+    sentences = [{"raw": caption} for caption in odd]
+    replace_in_captions(
+        json.dumps([{"raw": caption} for caption in CAPTIONS["2.jpg"]]), json.dumps(sentences)
+    )
+    file = album / "dataset_flickr30k.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
     frames = [Image.new("RGB", (30, 40), colour) for colour in ("red", "blue")]
     frames[0].save(album / "images/2.jpg", "GIF", save_all=True, append_images=frames[1:])
     split = load(album)["train"]
-    assert split.captions.count("🐶🐕") == 9 and split.captions.count("a single one") == 1
-    assert len(split.captions) == 78 * 5 + 9 * 5 + 1  # the caption of one space is none
+    assert "🐶🐕" in split.captions
+    assert len(split.captions) == 80 * 5  # the caption of one space is none
     assert split.lengths.max() == 24 and split.lengths.min() >= 3
     first_frame = split.photos[split.names.index("2.jpg")].float().mean((0, 1))
     assert difference(first_frame, torch.tensor([255.0, 0, 0])) < 8
-    assert split.pairs(0, 0, captions=4).shape == (80, 5)
 
 
 # --- The store -------------------------------------------------------------------------------------------
@@ -1392,36 +1319,31 @@ def test_the_store_is_reused_until_a_photo_changes(album, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(data, "build_store", lambda *_: pytest.fail("built again"))
         assert torch.equal(load(album)["train"].photos, first)
-    Image.new("RGB", (80, 60)).save(album / "images" / "2.jpg")
+    Image.new("RGB", (80, 60)).save(album / "images/2.jpg")
     assert not torch.equal(load(album)["train"].photos, first)
-
-
-def test_a_store_that_fails_leaves_nothing_behind(album):
-    for name in NAMES[2:30]:
-        (album / "images" / name).write_bytes(b"no photo")
-    with pytest.raises(data.InputError, match="missing or broken"):
-        load(album)
-    assert list(Path("cache").iterdir()) == []
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("write", [Path.mkdir, Path.touch], ids=["folder", "file"])
-def test_what_is_written_appears_whole_or_not_at_all(write, error, tmp_path):
-    with pytest.raises((data.InputError, KeyboardInterrupt)), data.atomic(tmp_path / "x") as temporary:
+def test_what_is_written_appears_whole_or_not_at_all(write, error):
+    with pytest.raises((data.InputError, KeyboardInterrupt)), data.atomic("x") as temporary:
         write(temporary)
         raise error
-    assert list(tmp_path.iterdir()) == []
-    with data.atomic(tmp_path / "x") as temporary:
+    assert list(Path().iterdir()) == []
+    with data.atomic("x") as temporary:
         write(temporary)
-        assert not (tmp_path / "x").exists()
-    assert list(tmp_path.iterdir()) == [tmp_path / "x"]
+        assert not Path("x").exists()
+    assert list(Path().iterdir()) == [Path("x")]
 
 
 # --- Splits and batches ----------------------------------------------------------------------------------
 
 
-def test_an_epoch_shows_every_photo_once_with_one_of_its_own_captions(album):
-    train = load(album)["train"]
+def test_an_epoch_shows_every_photo_once_with_captions_of_its_own_and_none_is_in_two_splits(album):
+    splits = load(album)
+    assert len(set.union(*(set(split.names) for split in splits.values()))) == 120
+    assert sum(len(split.names) for split in splits.values()) == 120
+    train = splits["train"]
     drawn = torch.stack([train.pairs(seed=3, epoch=epoch) for epoch in range(60)])
     for pairs in drawn:
         assert sorted(pairs[:, 0].tolist()) == list(range(80))
@@ -1435,11 +1357,6 @@ def test_an_epoch_shows_every_photo_once_with_one_of_its_own_captions(album):
         assert len(set(own)) == 4 and (train.owner[own] == photo).all()
 
 
-def test_no_photo_is_in_two_splits(album):
-    names = [set(split.names) for split in load(album).values()]
-    assert sum(len(part) for part in names) == len(set.union(*names)) == 120
-
-
 def test_a_batch_of_captions_is_as_long_as_its_longest_rounded_up_to_eight():
     ids, lengths = torch.zeros(3, 24), torch.tensor([8, 9, 17])
     split = data.Split(None, None, None, None, ids, lengths)
@@ -1447,15 +1364,13 @@ def test_a_batch_of_captions_is_as_long_as_its_longest_rounded_up_to_eight():
     assert widths == [8, 16, 24]
 
 
-def test_augmentation_without_crop_is_the_photo_or_its_mirror_image():
+def test_augmentation_mirrors_half_of_the_photos_and_crops_the_share_that_was_asked_for():
     photos = torch.randint(0, 256, (64, 16, 16, 3), dtype=torch.uint8)
     plain, augmented = data.normalize(photos), data.augment(photos, 16, scale=(1, 1), ratio=(1, 1))
     mirrored = (augmented - plain).abs().amax(dim=(1, 2, 3)) > 1e-3
     assert 16 < mirrored.sum() < 48
     assert difference(augmented, torch.where(mirrored[:, None, None, None], plain.flip(-1), plain)) < 1e-4
 
-
-def test_crops_show_the_share_of_the_photo_that_was_asked_for():
     ramp = torch.arange(256).expand(100, 256, 256)[..., None].expand(-1, -1, -1, 3).to(torch.uint8)
     columns = data.augment(ramp, 224, scale=(0.4, 0.4), ratio=(1, 1))[:, 0, 0] * data.STD[0] + data.MEAN[0]
     width = (columns[:, -1] - columns[:, 0]).abs() * 224 / 223
@@ -1476,34 +1391,25 @@ def test_a_trained_tokenizer_knows_every_byte_and_its_end_token_is_the_largest()
     assert len(tokenizer("small")["input_ids"]) == 3
 
 
-def test_long_captions_are_cut_and_keep_their_end_token():
-    tokenizer = data.train_tokenizer(["a b c"])
-    ids = data.tokenize(tokenizer, ["a " * 200, "b"])
-    assert ids.shape == (2, 77)
-    assert ids[0, -1] == tokenizer.eos_token_id
-    assert (ids[1, 2:] == tokenizer.eos_token_id).all()
-
-
-def test_captions_keep_their_end_token_though_it_has_not_the_largest_id():
+def test_captions_are_cut_and_keep_their_end_token_though_it_has_not_the_largest_id():
     tokenizer = data.train_tokenizer(["a b c"])
     tokenizer.add_tokens(["<photo>"])
-    assert tokenizer.convert_tokens_to_ids("<photo>") > tokenizer.eos_token_id
-    split = data.make_split(["1"], np.zeros((1, 8, 8, 3), np.uint8), [["<photo> " + "a " * 9]], tokenizer, 77)
+    end = tokenizer.eos_token_id
+    assert tokenizer.convert_tokens_to_ids("<photo>") > end
+    sentences, photo = ["<photo> " + "a " * 9, "a " * 200], np.zeros((1, 8, 8, 3), np.uint8)
+    split = data.make_split(["1"], photo, [sentences], tokenizer, 77)
     ids = split.tokens(torch.tensor([0]), "cpu")[0].tolist()
-    assert ids.index(tokenizer.eos_token_id) == 11 and len(ids) == 16
+    assert len(ids) == 16 and ids.index(end) == 11 and set(ids[11:]) == {end}
+    assert split.ids.shape == (2, 77) and split.ids[1].tolist().index(end) == 76
 
 
 # --- Drawn worlds ----------------------------------------------------------------------------------------
 
 
-def test_there_are_64_800_scenes_and_each_comes_once():
+def test_each_of_64_800_scenes_comes_once_and_depends_on_seed_and_index_alone():
     assert len(data.all_scenes(0)) == len(set(data.all_scenes(0))) == 64_800
-
-
-def test_a_scene_depends_on_seed_and_index_alone():
     few, many = (data.load_drawn({"val": 10, "train": n}, 48)["train"] for n in (5, 20))
-    assert np.array_equal(few[1], many[1][:5])
-    assert few[2] == many[2][:5]
+    assert np.array_equal(few[1], many[1][:5]) and few[2] == many[2][:5]
     assert data.all_scenes(1)[0] != data.all_scenes(0)[0]
 
 
@@ -1530,53 +1436,35 @@ def test_sketches_are_the_scenes_of_shapes_in_another_look_and_other_words():
 # --- The hub ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def hub_server(tmp_path):
-    """A stand-in for the hub: two files of nlphuji/flickr30k, with the headers that the client wants."""
-    files = tmp_path / "hub"
-    files.mkdir()
-    hub(files)
-    Image.new("RGB", (80, 60), "red").save(files / "red.jpg")
-    with zipfile.ZipFile(files / "flickr30k-images.zip", "w") as archive:
-        for name in [*(f"flickr30k-images/{name}" for name in NAMES), "../../out.jpg", f"{tmp_path}/out.jpg"]:
-            archive.write(files / "red.jpg", name)
-        link = zipfile.ZipInfo("flickr30k-images/link")
-        link.external_attr = 0o120777 << 16  # a symbolic link, to what the member holds
+def test_flickr30k_is_fetched_from_the_hub_and_nothing_lands_outside_its_folder(monkeypatch, capsys):
+    noise_photo(Path("hub/a.jpg"), (60, 80))
+    hub(Path("hub"))
+    link = zipfile.ZipInfo("flickr30k-images/link")
+    link.external_attr = 0o120777 << 16  # a symbolic link, to what the member holds
+    with zipfile.ZipFile("hub/flickr30k-images.zip", "w") as archive:
+        for name in [
+            *(f"flickr30k-images/{name}" for name in NAMES),
+            "../../out.jpg",
+            f"{Path.cwd()}/out.jpg",
+        ]:
+            archive.write("hub/a.jpg", name)
         archive.writestr(link, "/etc")
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def translate_path(self, path):
-            return str(files / Path(path).name)
-
-        def end_headers(self):
-            self.send_header("ETag", f'"{Path(self.path).name}"')
-            self.send_header("X-Repo-Commit", "a" * 40)
-            super().end_headers()
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-
-
-def test_flickr30k_is_fetched_from_the_hub_and_nothing_lands_outside_its_folder(
-    hub_server, tmp_path, monkeypatch, capsys
-):
-    (tmp_path / "a").mkdir()
-    monkeypatch.chdir(tmp_path / "a")
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    download = functools.partial(huggingface_hub.hf_hub_download, endpoint=endpoint)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    download = functools.partial(huggingface_hub.hf_hub_download, endpoint=hub_server)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert clip.main(TOY.split()) == 0
+    server.shutdown()
     assert "4.4 GB" in capsys.readouterr().out
-    assert {path.name for path in Path().iterdir()} == {"cache", "flickr30k", "runs"}
+    assert {path.name for path in Path().iterdir()} == {"hub", "cache", "flickr30k", "runs"}
     assert len(list(Path("flickr30k/flickr30k-images").glob("*.jpg"))) == 120
-    assert not (tmp_path / "out.jpg").exists()
+    assert not Path("../out.jpg").exists()
     assert not any(path.is_symlink() for path in Path("flickr30k").rglob("*"))
 
 
-def test_an_archive_that_would_fill_the_disk_is_not_unpacked(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_an_archive_that_would_fill_the_disk_is_not_unpacked(monkeypatch, capsys):
     with zipfile.ZipFile("bomb.zip", "w") as archive:
         for i in range(6):
             archive.writestr(f"flickr30k-images/{i}.jpg", "x")
@@ -1585,13 +1473,7 @@ def test_an_archive_that_would_fill_the_disk_is_not_unpacked(tmp_path, monkeypat
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: "bomb.zip")
     assert clip.main(TOY.split()) == 2
     assert_one_error(capsys, "more than 20 GiB")
-    assert [path.name for path in tmp_path.iterdir()] == ["bomb.zip"]
-
-
-def test_without_network_the_missing_photos_are_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert clip.main([]) == 2
-    assert_one_error(capsys, "give your copy with --data DIR, try --data shapes")
+    assert list(Path().iterdir()) == [Path("bomb.zip")]
 
 
 # --- Training --------------------------------------------------------------------------------------------
@@ -1631,61 +1513,22 @@ def test_validation_loss_is_over_groups_of_64_pairs_and_five_turns_of_captions(m
     assert clip.evaluate(CLIP(SMALL), split)["loss"] == pytest.approx(expected, abs=1e-5)
 
 
-def small_model_of(split, **changes):
-    """A model for the crops and the captions of a split of `load`."""
-    end = split.ids.max().item()
-    words = dict(vocab_size=end + 1, eos_token_id=end, max_position_embeddings=24)
-    return CLIP(replace(SMALL, image_size=32, **words, **changes))
-
-
-def test_a_micro_batch_is_cropped_and_dropped_out_the_same_in_both_passes(album):
+def test_crops_and_captions_stay_with_their_photo_and_are_the_same_in_both_passes(album):
     split = load(album)["train"]
-    model = small_model_of(split).train()
-    lora.add_lora(model, 4, 8, dropout=0.5)
-    torch.nn.init.normal_(model.text_model.encoder.layers[0].self_attn.q_proj.lora_B)
-    model.vision_model.embeddings.patch_dropout = model.text_model.embeddings.word_dropout = 0.5
-    pairs = split.pairs(0, 0, captions=3)[:6]
-    first, again, other = (clip.encode_pairs(model, split, pairs, seed, views=2) for seed in (1, 1, 2))
-    assert first[0].shape == (6, 2, 24) and first[1].shape == (6, 3, 24)
-    for a, b, c in zip(first, again, other):
-        assert torch.equal(a, b) and not torch.equal(a, c)
-
-
-def test_crops_and_captions_stay_with_their_photo(album):
-    split = load(album)["train"]
-    model = small_model_of(split).eval()
-    split.photos = split.photos[:, :32, :32]  # no margin, so no random crops
-    pairs = split.pairs(0, 0, captions=3)[:6]
-    images, texts = clip.encode_pairs(model, split, pairs, 0, views=2)
-    pixels = data.normalize(split.photos[pairs[:, 0]])
+    model, pairs = small_model_of(split).eval(), split.pairs(0, 0, captions=3)[:6]
+    plain = replace(split, photos=split.photos[:, :32, :32])  # no margin, so no random crops
+    images, texts = clip.encode_pairs(model, plain, pairs, 0, views=2)
+    pixels = data.normalize(plain.photos[pairs[:, 0]])
     assert difference(images, model.encode_image(pixels)[:, None].expand(-1, 2, -1)) < 1e-6
     for k in range(3):
         assert difference(texts[:, k], model.encode_text(split.ids[pairs[:, 1 + k]])) < 1e-6
 
-
-@pytest.mark.parametrize("ema", [0.999, 0.5, 0.0])
-def test_a_run_evaluates_and_keeps_the_running_mean_of_its_weights(ema, monkeypatch, tmp_path):
-    train, seen = clip.train, []
-
-    def watched(model, *rest):
-        weight = model.text_projection.weight
-        seen.append(weight.detach().double())
-        hook = register_optimizer_step_post_hook(lambda *_: seen.append(weight.detach().double()))
-        history = train(model, *rest)
-        hook.remove()
-        return history
-
-    monkeypatch.setattr(clip, "train", watched)
-    monkeypatch.setattr(clip, "finish", lambda *_: None)
-    assert train_shapes(monkeypatch, tmp_path, f"--ema {ema}") == 0
-    mean, age = seen[0], 0
-    for step, weight in enumerate(seen[1:]):
-        decay = min(ema, (1 + step) / (10 + step))
-        mean, age = decay * mean + (1 - decay) * weight, decay * (age + 1)
-    state = data.load_checkpoint("runs/shapes")
-    assert difference(state["last"]["text_projection.weight"], mean) < (1e-6 if ema else 1e-12)
-    assert difference(state["trained"]["text_projection.weight"], seen[-1]) == 0
-    assert ema < 0.999 or 0.09 < age / (step + 1) < 0.11  # "over about the last tenth of the steps so far"
+    lora.add_lora(model.train(), 4, 8, dropout=0.5)
+    torch.nn.init.normal_(model.text_model.encoder.layers[0].self_attn.q_proj.lora_B)
+    model.vision_model.embeddings.patch_dropout = model.text_model.embeddings.word_dropout = 0.5
+    first, again, other = (clip.encode_pairs(model, split, pairs, seed, views=2) for seed in (1, 1, 2))
+    for a, b, c in zip(first, again, other):
+        assert torch.equal(a, b) and not torch.equal(a, c)
 
 
 def test_the_logit_scale_never_leaves_a_step_above_100(album):
@@ -1697,9 +1540,34 @@ def test_the_logit_scale_never_leaves_a_step_above_100(album):
     assert model.logit_scale.exp().item() == pytest.approx(100)
 
 
-def test_a_run_leaves_its_weights_log_and_pictures(monkeypatch, tmp_path, capsys):
-    assert train_shapes(monkeypatch, tmp_path) == 0
-    run, pictures = tmp_path / "runs" / "shapes", {"curve.png", "retrieval.png", "inside.png"}
+@pytest.mark.parametrize("ema", [0.999, 0.5, 0.0])
+def test_a_run_evaluates_and_keeps_the_running_mean_of_its_weights(ema, monkeypatch):
+    seen = []
+
+    def watched(train, model, *rest):
+        weight = model.text_projection.weight
+        seen.append(weight.detach().double())
+        hook = register_optimizer_step_post_hook(lambda *_: seen.append(weight.detach().double()))
+        history = train(model, *rest)
+        hook.remove()
+        return history
+
+    spoil(monkeypatch, clip, "train", 1, watched)
+    monkeypatch.setattr(clip, "finish", lambda *_: None)
+    assert train_shapes(monkeypatch, f"--ema {ema}") == 0
+    mean, age = seen[0], 0
+    for step, weight in enumerate(seen[1:]):
+        decay = min(ema, (1 + step) / (10 + step))
+        mean, age = decay * mean + (1 - decay) * weight, decay * (age + 1)
+    state = data.load_checkpoint("runs/shapes")
+    assert difference(state["last"]["text_projection.weight"], mean) < (1e-6 if ema else 1e-12)
+    assert difference(state["trained"]["text_projection.weight"], seen[-1]) == 0
+    assert ema < 0.999 or 0.09 < age / (step + 1) < 0.11  # "over about the last tenth of the steps so far"
+
+
+def test_a_run_leaves_its_weights_log_and_pictures(monkeypatch, capsys):
+    assert train_shapes(monkeypatch) == 0
+    run, pictures = Path("runs/shapes"), {"curve.png", "retrieval.png", "inside.png"}
     assert {path.name for path in run.iterdir()} == {"tokenizer", "checkpoint.pt", "log.csv"} | pictures
     for name in pictures:
         Image.open(run / name).load()
@@ -1720,22 +1588,10 @@ def test_a_run_leaves_its_weights_log_and_pictures(monkeypatch, tmp_path, capsys
         assert f"{epoch} epoch {row['epoch']:>3s}  loss {loss:.4f}  R@1/5/10" in said
 
 
-def test_train_called_from_a_notebook_does_what_the_command_does(study_folder, tmp_path):
-    tokenizer = data.load_tokenizer("runs/shapes/tokenizer")
-    splits = {part: drawn_split("shapes", tokenizer, part) for part in ("train", "val")}
-    words = dict(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
-    model = CLIP(replace(PRESETS["tiny"], **words))
-    recipe = replace(clip.DRAWN_RECIPE, epochs=3, batch_size=25)
-    history = clip.train(model, splits, recipe, str(tmp_path))
-    assert without_times(history) == without_times(data.load_checkpoint("runs/shapes")["history"])
-
-
 def test_class_attention_is_the_mean_of_what_hugging_faces_class_token_takes_from_each_patch():
-    theirs, pixels = shaken(hugging_face(OPENAI_SMALL)).eval(), photos(3)
-    ours = CLIP(OPENAI_SMALL)
-    ours.load_state_dict(theirs.state_dict())
-    layers = theirs.vision_model(pixels, output_attentions=True).attentions  # 3 of (3, heads, 26, 26)
-    expected = torch.stack(layers).mean(dim=(0, 2))[:, 0, 1:].view(3, 5, 5)
+    ours, theirs, (pixels, _), _ = both_models(OPENAI_SMALL)
+    layers = theirs.vision_model(pixels, output_attentions=True).attentions  # 3 of (6, heads, 26, 26)
+    expected = torch.stack(layers).mean(dim=(0, 2))[:, 0, 1:].view(6, 5, 5)
     assert difference(data.class_attention(ours, pixels), expected) < 1e-6
 
 
@@ -1749,24 +1605,14 @@ def test_right_and_wrong_are_the_first_photos_whose_best_caption_is_and_is_not_t
 # --- Stops and faults ------------------------------------------------------------------------------------
 
 
-def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(monkeypatch, tmp_path):
-    assert train_shapes(monkeypatch, tmp_path, "--ema 0.9 --out whole") == 0
-    monkeypatch.undo()
-    evaluate, calls = clip.evaluate, []
-
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return evaluate(*arguments)
-
-    monkeypatch.setattr(clip, "evaluate", interrupted)
-    monkeypatch.setattr(clip, "SAVE_SECONDS", 0)  # saves after every epoch
-    assert train_shapes(monkeypatch, tmp_path, "--ema 0.9 --out halves") == 130
-    assert len(data.load_checkpoint(tmp_path / "halves")["history"]) == 2
-    monkeypatch.undo()
-    assert train_shapes(monkeypatch, tmp_path, "--ema 0.9 --out halves --resume") == 0
-    assert_same_numbers(tmp_path / "halves", tmp_path / "whole")
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(monkeypatch):
+    assert train_shapes(monkeypatch, "--ema 0.9 --out whole") == 0
+    with monkeypatch.context() as patch:
+        spoil(patch, clip, "evaluate", 3, interrupt)
+        assert train_shapes(monkeypatch, "--ema 0.9 --out halves") == 130
+    assert len(data.load_checkpoint("halves")["history"]) == 2
+    assert train_shapes(monkeypatch, "--ema 0.9 --out halves --resume") == 0
+    assert_same_numbers("halves", "whole")
 
 
 def test_a_run_goes_on_though_its_photos_lie_elsewhere_and_its_micro_batch_is_another(copied, capsys):
@@ -1775,64 +1621,39 @@ def test_a_run_goes_on_though_its_photos_lie_elsewhere_and_its_micro_batch_is_an
     assert "resumed   after epoch 6" in capsys.readouterr().out
 
 
-FULL = RuntimeError("CUDA out of memory. Tried to allocate")
-STOPS = {
-    "Ctrl-C": (KeyboardInterrupt(), 130, "stopped: the same command with --resume goes on"),
-    "full memory": (FULL, 2, "error: CUDA out of memory. Tried to allocate; --resume --micro-batch 64"),
+def full_memory(*_):
+    raise RuntimeError("CUDA out of memory. Tried to allocate")
+
+
+def half_saved(save, state, path):
+    Path(path).write_bytes(b"half")
+    raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+
+
+# what is wrong: (function of which module, its call that goes wrong, what it does then, message)
+FAULTS = {
+    "NaN": (clip, "contrastive_loss", 13, lambda loss, x: loss(x) * torch.nan, "the loss is not finite"),
+    "a disk that fills up": (torch, "save", 2, half_saved, "is the disk full"),
+    "full memory": (clip, "train_step", 9, full_memory, "; --resume --micro-batch 64 goes on"),
 }
 
 
-@pytest.mark.parametrize("name", STOPS)
-def test_a_stop_is_one_line_and_an_exit_code(name, monkeypatch, tmp_path, capsys):
-    error, code, message = STOPS[name]
-
-    def stopped(*_):
-        raise error
-
-    monkeypatch.setattr(clip, "train", stopped)
-    assert train_shapes(monkeypatch, tmp_path) == code
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(message)
-
-
-def test_a_mistake_in_the_code_is_not_hidden(monkeypatch, tmp_path):
-    monkeypatch.setattr(clip, "train", lambda *_: torch.ones(2) @ torch.ones(3))
-    with pytest.raises(RuntimeError, match="size"):
-        train_shapes(monkeypatch, tmp_path)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(monkeypatch, tmp_path, capsys):
-    loss, steps = clip.contrastive_loss, []
-
-    def poisoned(logits):
-        steps.append(1)
-        return loss(logits) * (torch.nan if len(steps) > 12 else 1)
-
-    monkeypatch.setattr(clip, "contrastive_loss", poisoned)
-    monkeypatch.setattr(clip, "SAVE_SECONDS", 0)
-    assert train_shapes(monkeypatch, tmp_path) == 2
-    assert_one_error(capsys, "the loss is not finite")
+@pytest.mark.parametrize("module, name, call, fault, message", FAULTS.values(), ids=FAULTS)
+def test_a_fault_is_one_line_and_leaves_the_last_good_checkpoint(
+    module, name, call, fault, message, monkeypatch, capsys
+):
+    spoil(monkeypatch, module, name, call, fault)
+    assert train_shapes(monkeypatch) == 2
+    assert_one_error(capsys, message)
     state = data.load_checkpoint("runs/shapes")
-    assert len(state["history"]) == 1
+    assert 1 <= len(state["history"]) < 3 and hidden("runs") == []
     assert all(weight.isfinite().all() for weight in state["last"].values())
 
 
-def test_a_disk_that_fills_up_leaves_the_last_checkpoint(monkeypatch, tmp_path, capsys):
-    saves, save = [], torch.save
-
-    def full(state, path):
-        saves.append(1)
-        if len(saves) == 2:
-            Path(path).write_bytes(b"half")
-            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
-        save(state, path)
-
-    monkeypatch.setattr(torch, "save", full)
-    monkeypatch.setattr(clip, "SAVE_SECONDS", 0)
-    assert train_shapes(monkeypatch, tmp_path) == 2
-    assert_one_error(capsys, "is the disk full")
-    assert len(data.load_checkpoint("runs/shapes")["history"]) == 1
-    assert hidden("runs") == []
+def test_a_mistake_in_the_code_is_not_hidden(monkeypatch):
+    monkeypatch.setattr(clip, "train", lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        train_shapes(monkeypatch)
 
 
 @pytest.mark.parametrize("size, file", [(100_000, "cache/"), (2_000_000, "runs/photos/checkpoint.pt")])
@@ -1844,19 +1665,17 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_nothing_half_written(size, f
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert_one_error(capsys, f"can't write {file}")
-    assert hidden(".") == []
-    assert not Path("runs/photos/checkpoint.pt").exists()
+    assert hidden(".") == [] and not Path("runs/photos/checkpoint.pt").exists()
 
 
-@pytest.mark.parametrize("stop", ["SIGTERM", pytest.param("SIGINT", marks=slow)])
-def test_a_stopped_run_is_one_line_and_goes_on_bit_for_bit(stop, copied):
-    run = started(ONE, copied, "--out new")
+@pytest.mark.parametrize("stop, code", [("SIGTERM", 143), pytest.param("SIGINT", 130, marks=slow)])
+def test_a_stopped_run_is_one_line_and_goes_on_bit_for_bit(stop, code, copied):
+    run = started(ONE, "--out new")
     wait_until(Path("new/checkpoint.pt").exists, run)
     run.send_signal(signal.Signals[stop])
-    assert run.wait(timeout=60) == {"SIGTERM": 143, "SIGINT": 130}[stop]
-    stopped = "stopped: the same command with --resume goes on from the last checkpoint"
-    assert Path("errors").read_text().splitlines() == [stopped]
-    assert hidden("new") == []
+    assert run.wait(timeout=60) == code
+    said = "stopped: the same command with --resume goes on from the last checkpoint"
+    assert Path("errors").read_text().splitlines() == [said] and hidden("new") == []
     assert 1 <= len(data.load_checkpoint("new")["history"]) < 6
     assert train_toy("--out new --resume") == 0
     assert_same_numbers("new", "old")
@@ -1868,7 +1687,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_numbers_of_one_that_was_not(wh
         if kill % 3 == 0:
             shutil.rmtree("killed", ignore_errors=True)
             shutil.rmtree("cache")
-        run = started(ONE, copied, "--out killed --resume")
+        run = started(ONE, "--out killed --resume")
         # While it decodes, trains, saves or draws: at a random moment of each half of the run.
         time.sleep(seconds * (kill % 2 + rng.random()) / 2)
         run.kill()
@@ -1879,23 +1698,18 @@ def test_a_run_killed_at_any_moment_ends_with_the_numbers_of_one_that_was_not(wh
 
 
 @slow
-def test_two_hundred_epochs_leave_memory_and_open_files_as_they_were(monkeypatch, tmp_path, capsys):
-    evaluate, memory, files = clip.evaluate, [], []
+def test_two_hundred_epochs_leave_memory_and_open_files_as_they_were(monkeypatch):
+    memory, files = [], []
 
-    def measured(*arguments):
+    def measured(evaluate, *arguments):
         memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
         files.append(len(os.listdir("/proc/self/fd")))
         return evaluate(*arguments)
 
-    monkeypatch.setattr(clip, "evaluate", measured)
-    monkeypatch.setattr(clip, "SAVE_SECONDS", 0)
-    assert train_shapes(monkeypatch, tmp_path, "--epochs 200") == 0
-    lines = capsys.readouterr().out.splitlines()
+    spoil(monkeypatch, clip, "evaluate", 1, measured)
+    assert train_shapes(monkeypatch, "--epochs 200") == 0
     print(f"{(memory[199] - memory[49]) / 2**20:.1f} MiB more after 200 epochs than after 50")
-    assert memory[199] - memory[49] < 20 * 2**20
-    assert len(set(files[:200])) == 1
-    assert len([line for line in lines if " step " in line]) == 40 and len(lines) < 260
-    assert max(map(len, lines)) < 150
+    assert memory[199] - memory[49] < 20 * 2**20 and len(set(files[:200])) == 1
 
 
 # --- Many processes --------------------------------------------------------------------------------------
@@ -1919,25 +1733,20 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_two_processes_have_the_loss_and_the_gradient_of_one(tmp_path):
-    (tmp_path / "halves.py").write_text(HALVES)
-    done = run_process(f"{TWO} halves.py", tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_two_processes_have_the_loss_and_the_gradient_of_one():
+    Path("halves.py").write_text(HALVES)
+    run_process(f"{TWO} halves.py")
     model, (pixels, ids) = small_model(), views(2, 2)
-    images = model.encode_image(pixels.flatten(0, 1)).view(12, 2, -1)
-    texts = model.encode_text(ids.flatten(0, 1)).view(12, 2, -1)
-    expected, pair_loss = clip.multiview_loss(model, images, texts)
+    expected, pair_loss = clip.multiview_loss(model, *encode_views(model, pixels, ids))
     expected.backward()
     # With micro-batches a process sums its gradients in another order: rounding.
-    for (loss, found), tolerance in zip(torch.load(tmp_path / "found.pt"), (1e-6, 1e-5)):
+    for (loss, found), tolerance in zip(torch.load("found.pt"), (1e-6, 1e-5)):
         assert difference(loss, pair_loss) < 1e-6
         assert difference(found, gradients(model)) < tolerance
 
 
 def test_a_run_of_two_processes_is_logged_once_and_goes_on_in_one(album, capsys):
-    done = run_process(f"{TWO} {HERE}/clip.py {TOY} --data photos", ".")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("best epoch") == 1
+    assert run_process(f"{TWO} {HERE}/clip.py {TOY} --data photos").count("best epoch") == 1
     assert hidden("runs") == hidden("cache") == []
     assert train_toy("--resume") == 0
     assert "resumed   after epoch 6" in capsys.readouterr().out
@@ -1947,12 +1756,10 @@ def test_a_run_of_two_processes_is_logged_once_and_goes_on_in_one(album, capsys)
 def test_a_study_of_two_processes_leaves_its_files_once(copied):
     # Behind `--`, or torchrun takes --r for an abbreviation of its own flags.
     flags = "--base old --data photos --r 2 --epochs 1 --batch-size 40 --device cpu --out study"
-    done = run_process(f"{TWO} -- {HERE}/finetune.py {flags}", ".")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("zero-shot   val") == done.stdout.count("done ") == 1
+    said = run_process(f"{TWO} -- {HERE}/finetune.py {flags}")
+    assert said.count("zero-shot   val") == said.count("done ") == 1 and hidden("study") == []
     files = {path.name for path in Path("study").iterdir()}
     assert files == {"tokenizer", "r2-seed0", "study.csv", "study.png"}
-    assert hidden("study") == []
 
 
 def test_two_runs_at_once_share_the_store(album):
@@ -1966,25 +1773,19 @@ def test_two_runs_at_once_share_the_store(album):
 
 
 @slow
-def test_a_killed_process_ends_the_whole_job_with_one_line(copied):
-    job = started(TWO, copied, "--epochs 500 --out new")
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
+def test_a_job_of_two_processes_ends_with_one_of_them_and_goes_on_bit_for_bit(stop, copied):
+    assert started(TWO, "--out two").wait(timeout=100) == 0
+    job = started(TWO, "--out new")
     wait_until(Path("new/checkpoint.pt").exists, job)
     workers = subprocess.check_output(["pgrep", "-P", str(job.pid)], text=True).split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
+    os.kill(int(workers[-1]) if stop == signal.SIGKILL else job.pid, stop)
     assert job.wait(timeout=60) != 0
     lines = Path("errors").read_text().splitlines()
-    assert len([line for line in lines if line.startswith(("stopped: ", "error: "))]) == 1
-
-
-@slow
-def test_a_stopped_job_of_two_processes_goes_on_bit_for_bit(copied):
-    assert started(TWO, copied, "--out two").wait(timeout=100) == 0
-    job = started(TWO, copied, "--out new")
-    wait_until(Path("new/checkpoint.pt").exists, job)
-    job.send_signal(signal.SIGTERM)
-    assert job.wait(timeout=60) != 0
+    said = [line for line in lines if line.startswith(("stopped: ", "error: "))]
+    assert stop == signal.SIGTERM or len(said) == 1
     assert 1 <= len(data.load_checkpoint("new")["history"]) < 6
-    assert started(TWO, copied, "--out new --resume").wait(timeout=100) == 0
+    assert started(TWO, "--out new --resume").wait(timeout=100) == 0
     assert_same_numbers("new", "two")
 
 
@@ -2001,11 +1802,8 @@ def test_a_study_leaves_adapters_a_table_and_a_figure_that_say_the_same(study_fo
     assert set(data.load_checkpoint(study_folder / "r4-seed0")["best"]) == set(lora_weights(models["r=4"]))
     models["all weights"] = finetune.from_pretrained(study_folder / "full-seed0")
     assert list(rows) == list(models)
-    splits = {
-        "val": drawn_split("sketches", tokenizer),
-        "test": drawn_split("sketches", tokenizer, "test"),
-        "shapes val": drawn_split("shapes", tokenizer),
-    }
+    splits = {"val": drawn_split("sketches", tokenizer), "test": drawn_split("sketches", tokenizer, "test")}
+    splits["shapes val"] = drawn_split("shapes", tokenizer)
     for variant, model in models.items():
         trained = 0 if variant == "zero-shot" else lora.trainable_parameters(model)[0]
         assert int(rows[variant]["trainable"]) == trained
@@ -2039,12 +1837,10 @@ def test_a_study_called_from_a_notebook_does_what_the_command_does(study_folder,
     untouched = {name: weight.clone() for name, weight in base.state_dict().items()}
     splits, _ = data.load("sketches", base.source, 48)
     recipe = replace(finetune.DRAWN_RECIPE, r=4, alpha=8.0, epochs=2, batch_size=25)
-    judged = {"val": splits["val"]}
-    (row,) = finetune.study(base, splits, [recipe], tmp_path, judged)
+    (row,) = finetune.study(base, splits, [recipe], tmp_path, {"val": splits["val"]})
     told = study_rows(study_folder)["r=4"]
     for name in row.keys() - {"variant", "minutes"}:
         assert row[name] == pytest.approx(float(told[name]), abs=1e-6), name
-    assert finetune.table([row], judged).splitlines()[1].split()[0] == row["variant"] == "r=4"
     assert difference(base.state_dict(), untouched) == 0
 
 
@@ -2057,116 +1853,64 @@ def test_the_table_shows_mean_and_deviation_over_seeds():
     assert line.split() == ["r=2", "0.00", "1,000", "1.0", "2.000", "±1.414", "15.0", "±7.1", "5.0"]
 
 
-# The size of the vocabulary that train_tokenizer gives for captions of single letters.
-SPELLING = replace(OPENAI_SMALL, vocab_size=514, eos_token_id=513)
-
-
 def test_an_adapter_of_the_study_opens_in_peft_on_the_released_model(album):
-    theirs, inputs = released_folder(Path("base"), SPELLING)
-    flags = "--base base --data photos --r 2 --epochs 1 --batch-size 20 --lr 0.01 --device cpu --out"
-    assert finetune.main([*flags.split(), "out"]) == 0
+    theirs, inputs = released_folder("base", SPELLING)
+    flags = "--base base --data photos --r 2 --epochs 1 --batch-size 20 --lr 0.01 --device cpu --out out"
+    assert finetune.main(flags.split()) == 0
     ours = finetune.from_pretrained("base")
-    before = ours(*inputs)
+    untrained = ours(*inputs)
     lora.load_adapter(ours, "out/r2-seed0")
-    adapted = peft.PeftModel.from_pretrained(theirs, "out/r2-seed0").eval()
-    with torch.no_grad():
-        assert difference(ours.eval()(*inputs), their_logits(adapted, *inputs)) < 1e-5
-        assert difference(ours(*inputs), before) > 1e-3
+    expected = their_logits(peft.PeftModel.from_pretrained(theirs, "out/r2-seed0").eval(), *inputs)
+    assert difference(ours.eval()(*inputs), expected) < 1e-5
+    assert difference(expected, untrained) > 1e-3
 
 
-def class_folders(folder):
-    """40 photos of noise in folders of 7 classes."""
-    classes, rng = ["red_fox", "cat", "dog", "a_b", "owl", "crow", "bee"], np.random.default_rng(0)
+def test_a_zero_shot_class_is_where_the_mean_of_its_names_in_the_templates_points(capsys):
+    classes = ["red_fox", "cat", "dog", "a_b", "owl", "crow", "bee"]
     for i in range(40):
-        path = folder / classes[i % 7]
-        path.mkdir(parents=True, exist_ok=True)
-        noise_photo(path / f"{i}.png", rng)
-
-
-def test_a_zero_shot_class_is_where_the_mean_of_its_names_in_the_templates_points(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    class_folders(tmp_path / "photos")
+        noise_photo(Path(f"photos/{classes[i % 7]}/{i}.png"), (60, 80), seed=i)
     tokenizer = data.train_tokenizer(["a red fox", "the cat and a dog", "owl crow bee"])
     model = small_model(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id).eval()
-    templates = ("a {}", "the {} here")
-    directions = {}
-    for name in ("a_b", "bee", "cat", "crow", "dog", "owl", "red_fox"):
-        mean = 0
-        for template in templates:
-            ids = data.tokenize(tokenizer, [template.format(name.replace("_", " "))], 16)
-            mean = mean + model.encode_text(ids)[0] / len(templates)
+    templates, directions, ranks = ("a {}", "the {} here"), {}, []
+    for name in classes:
+        prompts = [template.format(name.replace("_", " ")) for template in templates]
+        mean = sum(model.encode_text(data.tokenize(tokenizer, [prompt], 16))[0] / 2 for prompt in prompts)
         directions[name] = mean / mean.norm()
-    first, five = 0, 0
-    for path in (tmp_path / "photos").glob("*/*"):
-        pixels = data.normalize(torch.tensor(data.load_photo(path, 40))[None])
-        image = model.encode_image(pixels)[0]
+    for path in Path("photos").glob("*/*"):
+        image = model.encode_image(prepared(path, 40)[None])[0]
         best = sorted(directions, key=lambda name: -(image @ directions[name]).item())
-        first += best[0] == path.parent.name
-        five += path.parent.name in best[:5]
-    top1, top5 = finetune.classify(model, tokenizer, tmp_path / "photos", templates)
-    assert (top1, top5) == pytest.approx((100 * first / 40, 100 * five / 40), abs=1e-4)
+        ranks.append(best.index(path.parent.name))
+    top1, top5 = (100 * sum(rank < k for rank in ranks) / 40 for k in (1, 5))
     assert 0 < top1 < top5 < 100
-
-
-def test_one_command_classifies_folders_of_photos(study_folder, tmp_path, capsys):
-    class_folders(tmp_path / "photos")
-    flags = ["--base", "runs/shapes", "--device", "cpu", "--classify"]
-    assert finetune.main([*flags, str(tmp_path / "photos")]) == 0
-    said = r"40 photos of 7 classes  top-1 +[\d.]+  top-5 +[\d.]+  chance 14.3"
-    assert re.search(said, capsys.readouterr().out)
-    assert finetune.main([*flags, "nowhere"]) == 2
-    assert_one_error(capsys, "no photos in nowhere")
+    assert finetune.classify(model, tokenizer, "photos", templates) == pytest.approx((top1, top5), abs=1e-4)
+    assert f"7 classes  top-1 {top1:.1f}  top-5 {top5:.1f}  chance 14.3" in capsys.readouterr().out
 
 
 # --- Bad input -------------------------------------------------------------------------------------------
 
 
-class Trap:
-    """An object whose pickle runs code: it makes the file `ran` where it is opened without care."""
-
-    def __reduce__(self):
-        return Path.touch, (Path("ran"),)
-
-
-def trap_of_hugging_face(folder):
-    transformers.CLIPConfig().save_pretrained(folder)
-    torch.save({"logit_scale": Trap()}, folder / "pytorch_model.bin")
-
-
-def trap_of_peft(folder):
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "lora_dropout": 0}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    torch.save({"lora_A": Trap()}, folder / "adapter_model.bin")
-
-
-def trap_of_a_run(folder):
-    torch.save({"best": Trap(), "last": Trap(), "model": {}}, folder / "checkpoint.pt")
-
-
-def trap_of_a_tokenizer(folder):
+def test_files_that_would_run_code_are_refused_and_do_not():
+    trap = {"logit_scale": Trap(), "lora_A": Trap(), "best": Trap(), "model": {}}
+    transformers.CLIPConfig().save_pretrained("base")
+    for file in ("base/pytorch_model.bin", "run/checkpoint.pt", "adapter/adapter_model.bin", "words/odd.py"):
+        Path(file).parent.mkdir(exist_ok=True)
+        torch.save(trap, file)
+    lora_config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "lora_dropout": 0}
+    Path("adapter/adapter_config.json").write_text(json.dumps(lora_config))
     config = {"tokenizer_class": "Odd", "auto_map": {"AutoTokenizer": ["odd.Odd", None]}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "odd.py").write_text("open('ran', 'w')")
-
-
-TRAPS = {
-    trap_of_hugging_face: finetune.from_pretrained,
-    trap_of_a_run: finetune.from_pretrained,
-    trap_of_peft: lambda folder: lora.load_adapter(small_model(), folder),
-    trap_of_a_tokenizer: data.load_tokenizer,
-}
-
-
-@pytest.mark.parametrize("trap", TRAPS)
-def test_a_file_that_would_run_code_is_refused_and_does_not(trap, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "odd").mkdir()
-    trap(tmp_path / "odd")
-    with pytest.raises(ValueError):
-        TRAPS[trap](tmp_path / "odd")
-    assert not Path("ran").exists()
-    torch.save(Trap(), "careless")
-    torch.load("careless", weights_only=False)  # the trap works
+    Path("words/tokenizer_config.json").write_text(json.dumps(config))
+    Path("words/odd.py").write_text("open('ran', 'w')")
+    load_adapter = functools.partial(lora.load_adapter, small_model())
+    for opened, folder in (
+        (finetune.from_pretrained, "base"),
+        (finetune.from_pretrained, "run"),
+        (load_adapter, "adapter"),
+        (data.load_tokenizer, "words"),
+    ):
+        with pytest.raises(ValueError):
+            opened(folder)
+        assert not Path("ran").exists()
+    torch.load("run/checkpoint.pt", weights_only=False)  # the trap works
     assert Path("ran").exists()
 
 
@@ -2181,32 +1925,10 @@ def test_a_recipe_refuses_every_setting_that_makes_no_sense():
             clip.Recipe(**{setting.name: value})
 
 
-# name: (captions file, its content, part of the message)
-BAD_CAPTIONS = {
-    "empty": ("results.csv", "", "holds no captions"),
-    "spaces": ("results.csv", "a| b| c\n1.jpg| 0|  \t", "holds no captions"),
-    "the wrong delimiter": ("results.csv", "a,b\n1.jpg,a dog\n", "this line is not `name.jpg| 0| caption`"),
-    "UTF-16": ("results.csv", "a| b".encode("utf-16"), "'utf-8' codec can't decode"),
-    "a comma without quotes": ("captions.txt", "image,caption\n1.jpg,a, b\n", "more or fewer cells"),
-    "a lost cell": ("captions.txt", "image,caption\n1.jpg\n", "more or fewer cells"),
-    "a lost quote": ("captions.txt", 'image,caption\n1.jpg,"a\n', "unexpected end of data"),
-    "a column missing": ("captions.txt", "photo,caption\n1.jpg,a\n", "'image' is missing in it"),
-    "JSON cut short": ("dataset_x.json", '{"images": [', "Expecting value"),
-    "JSON of another kind": ("dataset_x.json", "[1, 2]", "built in another way"),
-    "JSON too deep": ("dataset_x.json", "[" * 200_000, "built in another way"),
-    "another split": (
-        "dataset_x.json",
-        '{"images": [{"filename": "1", "split": "dev", "sentences": []}]}',
-        "'dev', which",
-    ),
-    "no photos": ("captions.txt", "image,caption\n2.jpg,a\n", "are missing or broken"),
-    "a path as a photo's name": ("captions.txt", "image,caption\n../1.jpg,a\n", "without folders"),
-}
-
-
-def replace_in_captions(old, new):
-    file = Path("photos/dataset_flickr30k.json")
-    file.write_text(file.read_text().replace(old, new))
+def written(file, content):
+    """Writes a file, and its folder."""
+    Path(file).parent.mkdir(exist_ok=True)
+    Path(file).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def pipes():
@@ -2216,41 +1938,43 @@ def pipes():
         os.mkfifo(f"photos/images/{name}")
 
 
-def without_a_weight():
-    state = torch.load("old/checkpoint.pt")
-    del state["last"]["visual_projection.weight"]
-    torch.save(state, "old/checkpoint.pt")
+def cut_stores():
+    for store in Path("cache").glob("*.uint8"):
+        os.truncate(store, 1000)
 
 
-OLD = "--out old --resume"
-# (what is wrong, the flags, part of the message). The folder `photos` is whole, `old` is a run on it.
+KAGGLE, FLICKR8K, KARPATHY = "bad/results.csv", "bad/captions.txt", "bad/dataset_x.json"
+DEV = '{"images": [{"filename": "1", "split": "dev", "sentences": []}]}'
+OLD, UTF_16 = "--out old --resume", "a| b".encode("utf-16")
+# (what is done, the flags, part of the message). The folder `photos` is whole, `old` is a run on it.
 BAD = (
+    (lambda: written(KAGGLE, ""), "--data bad", "holds no captions"),
+    (lambda: written(KAGGLE, "a,b\n1.jpg,a dog\n"), "--data bad", "this line is not `name.jpg| 0| caption`"),
+    (lambda: written(KAGGLE, UTF_16), "--data bad", "'utf-8' codec can't decode"),
+    (lambda: written(FLICKR8K, "image,caption\n1.jpg,a, b\n"), "--data bad", "more or fewer cells"),
+    (lambda: written(FLICKR8K, 'image,caption\n1.jpg,"a\n'), "--data bad", "unexpected end of data"),
+    (lambda: written(FLICKR8K, "photo,caption\n1.jpg,a\n"), "--data bad", "'image' is missing in it"),
+    (lambda: written(FLICKR8K, "image,caption\n../1.jpg,a\n"), "--data bad", "without folders"),
+    (lambda: written(KARPATHY, '{"images": ['), "--data bad", "Expecting value"),
+    (lambda: written(KARPATHY, "[1, 2]"), "--data bad", "built in another way"),
+    (lambda: written(KARPATHY, DEV), "--data bad", "'dev', which"),
+    (None, "--data flickr30k", "give your copy with --data DIR, try --data shapes"),  # there is no network
     (None, "--data nowhere", "nowhere: no such folder"),
     (lambda: Path("empty").mkdir(), "--data empty", "empty: no captions in it"),
     (lambda: replace_in_captions('"val"', '"train"'), "", "has no val photos"),
     (pipes, "", "are missing or broken"),
-    (
-        lambda: [os.truncate(store, 1000) for store in Path("cache").glob("*.uint8")],
-        "",
-        "is damaged: delete it",
-    ),
+    (cut_stores, "", "is damaged: delete it"),
     (None, "--batch-size 81", "--batch-size 81 for 80 training photos"),
     (None, "--lr nan", "--lr nan is not between"),
-    (None, "--epochs 0.5", "argument --epochs: invalid int value"),
-    (None, "--model RN50", "argument --model: invalid choice"),
     (None, "--epoch 3", "unrecognized arguments: --epoch"),
     (None, "--device cuda:99", "no device cuda:99 here"),
     (None, "--tokenizer nowhere", "no tokenizer nowhere"),
-    (lambda: Path("empty").mkdir(), "--tokenizer empty", "no tokenizer empty"),
     (lambda: Path("new").touch(), "", "File exists: 'new'"),
-    (lambda: Path("new/tokenizer").mkdir(parents=True), "", "new holds a run"),
     (None, "--out old", "old holds a run"),
     (None, f"{OLD} --seed 5", "old can't be resumed: seed was 0"),
-    (None, f"{OLD} --text causal", "causal was False"),
     (lambda: replace_in_captions("said in", "told in"), OLD, "content was"),
     (lambda: os.truncate("old/checkpoint.pt", 1000), OLD, "missing, damaged or no checkpoint"),
     (lambda: torch.save({"model": 1}, "old/checkpoint.pt"), OLD, "damaged, older or of another model"),
-    (without_a_weight, OLD, "damaged, older or of another model"),
 )
 
 
@@ -2258,51 +1982,31 @@ def tree():
     return {path for path in Path().rglob("*") if "cache" not in path.parts}
 
 
-@pytest.mark.parametrize("spoil, flags, message", BAD)
-def test_bad_input_is_one_line_and_exit_code_2(spoil, flags, message, copied, capsys):
-    if spoil:
-        spoil()
+@pytest.mark.parametrize("change, flags, message", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(change, flags, message, copied, capsys):
+    if change:
+        change()
     before = tree()
     assert train_toy(f"--out new {flags}") == 2
     assert_one_error(capsys, message)
-    assert tree() == before
-
-
-@pytest.mark.parametrize("name", BAD_CAPTIONS)
-def test_a_bad_captions_file_is_one_line_and_exit_code_2(name, album, capsys):
-    file, content, message = BAD_CAPTIONS[name]
-    Path("bad").mkdir()
-    Path("bad", file).write_bytes(content if isinstance(content, bytes) else content.encode())
-    before = tree()
-    assert train_toy("--data bad") == 2
-    assert_one_error(capsys, message)
-    assert tree() == before
+    assert tree() == before and hidden("cache") == []
 
 
 BAD_STUDY = {
     "--r 0": "--r and --seeds take whole numbers, 1 at least",
     "--base nowhere": "no CLIP in nowhere",
-    "--base nan": "nan holds NaN or infinity",
-    "--base adapter": "adapter is not one whole CLIP",  # transformers would open it as the whole model
     "--base run": "run holds no whole model, perhaps an adapter",
     "--base others": "is not the one of the model others",
     "--targets query": "no plain Linear of the model is called 'query'",
-    "--dropout 1": "--dropout 1.0 is not between",
     "--alpha 0": "alpha is 0",
+    "--classify nowhere": "no photos in nowhere",
 }
 
 
 @pytest.mark.parametrize("flags", BAD_STUDY)
 def test_bad_input_to_a_study_is_one_line_and_exit_code_2(flags, studied, album, capsys):
-    released_folder(Path("base"), SPELLING)
-    released_folder(Path("others"), OPENAI_SMALL)
-    shutil.copytree("base", "nan")
-    weights = load_file("nan/model.safetensors")
-    weights["logit_scale"].fill_(torch.nan)
-    save_file(weights, "nan/model.safetensors", {"format": "pt"})
-    model = finetune.from_pretrained("base")
-    lora.add_lora(model, 2, 4)
-    lora.save_adapter(model, "adapter", base="base")
+    released_folder("base", SPELLING)
+    released_folder("others", OPENAI_SMALL)
     Path("run").symlink_to(studied / "runs/shapes-sketches/r4-seed0")
     capsys.readouterr()
     given = f"--base base --data photos --out out --batch-size 20 --device cpu {flags}"
@@ -2312,41 +2016,6 @@ def test_bad_input_to_a_study_is_one_line_and_exit_code_2(flags, studied, album,
 
 
 # --- Speed -----------------------------------------------------------------------------------------------
-
-
-def median_seconds(function, warmup=8, runs=20):
-    """Of a call function(i), till the GPU is done."""
-    times = []
-    for i in range(warmup + runs):
-        start = time.perf_counter()
-        function(i)
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[warmup:])
-
-
-def whole_step(B, r, dropout, config, device):
-    """A model and its training step, from uint8 photos through crops, towers and loss to AdamW, on photos of
-    noise with captions as long as Flickr8k's; r > 0 adapts it by LoRA."""
-    side = config.image_size * 8 // 7
-    photos = torch.randint(256, (4 * B, side, side, 3), dtype=torch.uint8)
-    lengths = (14.1 + 4.4 * torch.randn(4 * B)).round().long().clamp(6, 42)
-    ids = torch.randint(config.eos_token_id, (4 * B, 77), dtype=torch.int32)
-    ids[torch.arange(77) >= lengths[:, None] - 1] = config.eos_token_id
-    split = data.Split(photos, [""] * 4 * B, [""] * 4 * B, torch.arange(4 * B), ids, lengths)
-    split.place(device)
-    model = CLIP(config).to(device).train()
-    finetune.insert(model, finetune.LoRARecipe(r=r, alpha=2.0 * r, dropout=dropout))
-    optimizer = clip.make_optimizer(model, clip.Recipe())
-
-    def step(i):
-        pairs = (torch.arange(B) + i % 4 * B).repeat(2, 1).T
-        clip.backward(model, lambda _: clip.encode_pairs(model, split, pairs, seed=i), micro_batches=1)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return model, step
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -2371,36 +2040,18 @@ def test_a_whole_training_step_keeps_the_gpu_at_matrix_products(B, r, dropout):
 # --- The files -------------------------------------------------------------------------------------------
 
 README = (HERE / "README.md").read_text()
-MODULES = {"data", "clip", "lora", "finetune"}
 MAY_IMPORT = {"data": set(), "clip": {"data"}, "lora": set(), "finetune": {"data", "clip", "lora"}}
 
 
-def nodes(name):
-    return list(ast.walk(ast.parse((HERE / f"{name}.py").read_text())))
-
-
-@pytest.mark.parametrize("name", sorted(MODULES))
-def test_imports_point_one_way(name):
-    imported = set()
-    for node in nodes(name):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add(node.module)
-    assert imported & MODULES <= MAY_IMPORT[name]
-
-
-@pytest.mark.parametrize("name", sorted(MODULES))
-def test_no_module_changes_a_variable_of_another_or_of_its_own(name):
-    for node in nodes(name):
+@pytest.mark.parametrize("name", MAY_IMPORT)
+def test_imports_point_one_way_no_module_changes_a_global_and_no_function_has_60_lines(name):
+    for node in ast.walk(ast.parse((HERE / f"{name}.py").read_text())):
         assert not isinstance(node, ast.Global)
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            imported = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+            assert imported & set(MAY_IMPORT) <= MAY_IMPORT[name]
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
-            assert ast.unparse(node.value) not in MODULES, ast.unparse(node)
-
-
-@pytest.mark.parametrize("name", sorted(MODULES))
-def test_no_function_is_longer_than_60_lines(name):
-    for node in nodes(name):
+            assert ast.unparse(node.value) not in MAY_IMPORT, ast.unparse(node)
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 60, node.name
 
@@ -2425,13 +2076,10 @@ def test_the_readmes_python_runs_as_one_notebook(study_folder):
 
 
 def test_the_readmes_pictures_are_there():
-    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README) + re.findall(r'<img[^>]* src="([^"]+)"', README)
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)
     assert pictures
     for picture in pictures:
-        if picture.endswith(".svg"):
-            assert ElementTree.parse(HERE / picture).getroot().tag.endswith("svg")
-        else:
-            Image.open(HERE / picture).load()
+        Image.open(HERE / picture).load()
 
 
 if __name__ == "__main__":
