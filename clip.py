@@ -681,13 +681,14 @@ def finish(model, splits, history, seed, run_dir):
 
 
 def parse_args(argv):
-    parser = data.Parser(description="Train CLIP from scratch. Drawn worlds have defaults of their own.")
+    drawn = {"model": "tiny", "tokenizer": "train", **asdict(DRAWN_RECIPE)}
+    parser = data.Parser(description=f"Train CLIP from scratch. Defaults of drawn worlds: {drawn}.")
     parser.add_argument("--model", choices=PRESETS, default="ViT-B/16", help="size")
     parser.add_argument("--text", choices=("bert", "causal"), default="bert", help="causal is OpenAI's")
     parser.add_argument("--tokenizer", default="openai/clip-vit-base-patch16", help="name, folder or `train`")
     parser.add_settings(Recipe())  # and --data, --out, --resume, --device, --compile
     if parser.parse_known_args(argv)[0].data in data.DRAWN:  # a first look: the defaults depend on it
-        parser.set_defaults(model="tiny", tokenizer="train", **asdict(DRAWN_RECIPE))
+        parser.set_defaults(**drawn)
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / Path(args.data).absolute().name
     return args
@@ -703,8 +704,9 @@ def run(args):
     words = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
     torch.manual_seed(recipe.seed)  # the same weights in every process
     model = CLIP(replace(config, causal=args.text == "causal", **words)).to(device)
-    data.print_start(model, splits, recipe, device)
-    history = train(model, splits, recipe, args.out, args.resume, args.compile and device.type == "cuda")
+    compile = args.compile and device.type == "cuda"
+    data.print_start(model, splits, recipe, device, compile)
+    history = train(model, splits, recipe, args.out, args.resume, compile)
     if is_main_process():
         finish(model, splits, history, recipe.seed, args.out)
 

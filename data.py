@@ -860,7 +860,7 @@ def describe(row):
     ).format(**row)
 
 
-def print_start(model, splits, recipe, device):
+def print_start(model, splits, recipe, device, compile=False):
     """The opening block: device, size, data, steps, and the losses of a model that knows nothing."""
     name = f"{torch.cuda.get_device_name(device)}, bfloat16" if device.type == "cuda" else "CPU"
     vision, text, everything = (
@@ -869,7 +869,7 @@ def print_start(model, splits, recipe, device):
     )
     steps = recipe.epochs * (len(splits["train"].photos) // recipe.batch_size)
     group = min(64, len(splits["val"].photos))
-    print(f"device    {WORLD_SIZE} x {name}")
+    print(f"device    {WORLD_SIZE} x {name}{', compiled' if compile else ''}")
     print(f"model     vision {vision} + text {text} + projections = {everything} parameters")
     for split, part in splits.items():
         print(f"{split:10s}{len(part.photos):,} photos, {len(part.captions):,} captions")

@@ -328,7 +328,8 @@ def draw_study(path, zero_shot, rows):
 
 
 def parse_args(argv):
-    parser = data.Parser(description="Adapt CLIP with LoRA. Drawn worlds have defaults of their own.")
+    drawn = {name: getattr(DRAWN_RECIPE, name) for name in ("epochs", "lr", "dropout")}
+    parser = data.Parser(description=f"Adapt CLIP with LoRA. Defaults of drawn worlds: {drawn}.")
     group = parser.add_argument_group("adapters")
     group.add_argument(
         "--base",
@@ -343,7 +344,7 @@ def parse_args(argv):
     group.add_argument("--seeds", type=int, default=1, help="repeats, with --seed and the ones after it")
     parser.add_settings(RECIPE)
     if parser.parse_known_args(argv)[0].data in data.DRAWN:
-        parser.set_defaults(epochs=DRAWN_RECIPE.epochs, lr=DRAWN_RECIPE.lr, dropout=DRAWN_RECIPE.dropout)
+        parser.set_defaults(**drawn)
     args = parser.parse_args(argv)
     if args.seeds < 1 or any(r < 1 for r in args.r):
         raise InputError("--r and --seeds take whole numbers, 1 at least")
@@ -385,11 +386,12 @@ def run(args):
         with torch.device("meta"):
             insert(CLIP(c), recipe)
     data.save_tokenizer(tokenizer, args.out)
-    data.print_start(base, splits, recipe, device)
+    compile = args.compile and device.type == "cuda"
+    data.print_start(base, splits, recipe, device, compile)
     judged = {name: split for name, split in splits.items() if name != "train"} | own_data(args.base, c)
     zero_shot = judge(base, "zero-shot", judged)
     recipes = recipes_of(args, base_loss=round(zero_shot["val loss"], 3))
-    rows = study(base, splits, recipes, args.out, judged, args.resume, args.compile and device.type == "cuda")
+    rows = study(base, splits, recipes, args.out, judged, args.resume, compile)
     if is_main_process():
         first = {"variant": "zero-shot", "seed": "", "trainable": 0, "minutes": 0.0}
         first |= {"lowest val loss": zero_shot["val loss"]} | zero_shot

@@ -958,7 +958,7 @@ BAD_FOLDERS = {
     "another norm": (lambda: reconfigure(layer_norm_eps=0.1), "has a norm that"),
     "another activation": (lambda: reconfigure(hidden_act="gelu"), "an activation that"),
     "a tensor missing": (lambda: replace_tensor("visual_projection.weight", {}), "not one whole CLIP"),
-    "an adapter beside it": (lambda: lora.save_adapter(adapted(), "base"), "not one whole CLIP"),
+    "an adapter beside it": (lambda: lora.save_adapter(adapted(), "base"), "not one whole CLIP|no CLIP in"),
     "a NaN": (lambda: replace_tensor("logit_scale", NAN), "holds NaN or infinity"),
     "cut short": (lambda: os.truncate("base/model.safetensors", 5000), "no CLIP in"),
 }
