@@ -1049,7 +1049,7 @@ def command(argv, parse_args, run):
     except RuntimeError as error:
         if re.search("out of memory|can't allocate|ALLOC_FAILED", str(error)):
             advice = "--resume --micro-batch 64 goes on"
-        elif isinstance(error, dist.DistError) or "Connection closed" in str(error):  # NCCL's word, gloo's
+        elif isinstance(error, dist.DistError) or "gloo" in str(error):  # NCCL's error, or the file of gloo's
             advice = "if a process of the job has ended, --resume goes on"
         else:
             raise

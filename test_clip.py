@@ -415,7 +415,9 @@ def started(launch, flags, cwd="."):
     Path(cwd, "quick.py").write_text(QUICK)
     command = f"{launch} quick.py {TOY} --data photos {flags}".split()
     with open(log, "w") as out, open(errors, "w") as err:
-        process = subprocess.Popen(command, cwd=cwd, stdout=out, stderr=err, env=WITH_PATH)
+        # A shell's background jobs, CI's perhaps, ignore Ctrl-C, and so would their children.
+        heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        process = subprocess.Popen(command, cwd=cwd, stdout=out, stderr=err, env=WITH_PATH, preexec_fn=heed)
     wait_until(lambda: "ready" in log.read_text(), process)
     return process
 
