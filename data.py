@@ -294,7 +294,9 @@ def find_captions(folder):
             if paths:
                 return (alike or paths)[0], pattern
     wrong = "no captions in it or one folder deeper" if Path(folder).is_dir() else "no such folder"
-    raise InputError(f"--data {folder}: {wrong}; looked for {', '.join(READERS)}; {[*DRAWN]} need none")
+    raise InputError(
+        f"--data {folder}: {wrong}; looked for {', '.join(READERS)}; {' and '.join(DRAWN)} need none"
+    )
 
 
 def split_of(name):
@@ -926,9 +928,11 @@ def open_device(name):
     """The torch.device of this name; there the processes that torchrun has started find each other.
     InputError where there is no such device."""
     try:
-        device = torch.empty(1, device=name).device
+        zero = torch.zeros(1, device=name)
+        zero.item()  # fails where there are no numbers, as on "meta"
     except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
         raise InputError(f"no device {name} here: {str(error).splitlines()[0]}") from error
+    device = zero.device
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if WORLD_SIZE > 1 and not dist.is_initialized():
@@ -1044,7 +1048,9 @@ def command(argv, parse_args, run):
         run(parse_args(argv))
         return 0
     except (InputError, OSError, UnicodeError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        name = getattr(error, "filename", None)  # an OSError's words are a number, its text and a name
+        words = f"{name}: {error.strerror}" if name else " ".join(str(error).split())
+        print("error:", words, file=sys.stderr)
         return 2
     except RuntimeError as error:
         if re.search("out of memory|can't allocate|ALLOC_FAILED", str(error)):

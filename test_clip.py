@@ -1971,7 +1971,7 @@ BAD = (
     (None, "--epoch 3", "unrecognized arguments: --epoch"),
     (None, "--device cuda:99", "no device cuda:99 here"),
     (None, "--tokenizer nowhere", "no tokenizer nowhere"),
-    (lambda: Path("new").touch(), "", "File exists: 'new'"),
+    (lambda: Path("new").touch(), "", "new: File exists"),
     (None, "--out old", "old holds a run"),
     (None, f"{OLD} --seed 5", "old can't be resumed: seed was 0"),
     (lambda: replace_in_captions("said in", "told in"), OLD, "content was"),
