@@ -1435,6 +1435,11 @@ def test_sketches_are_the_scenes_of_shapes_in_another_look_and_other_words():
         assert ours != theirs
 
 
+def test_one_object_and_its_place_find_about_a_quarter_of_the_scenes():
+    halves = [half for scene in data.all_scenes(0)[:500] for half in scene[:2]]
+    assert 0.2 < np.mean([1 / halves.count(half) for half in halves]) < 0.3
+
+
 # --- The hub ---------------------------------------------------------------------------------------------
 
 
@@ -1565,6 +1570,7 @@ def test_a_run_evaluates_and_keeps_the_running_mean_of_its_weights(ema, monkeypa
     assert difference(state["last"]["text_projection.weight"], mean) < (1e-6 if ema else 1e-12)
     assert difference(state["trained"]["text_projection.weight"], seen[-1]) == 0
     assert ema < 0.999 or 0.09 < age / (step + 1) < 0.11  # "over about the last tenth of the steps so far"
+    assert (1 + 8989) / (10 + 8989) < 0.999 <= (1 + 8990) / (10 + 8990)  # 0.999 from step 8,990 on
 
 
 def test_a_run_leaves_its_weights_log_and_pictures(monkeypatch, capsys):
