@@ -14,17 +14,15 @@ A first reading ends with the plain case of `backward`: what follows makes CLIP 
 """
 
 import copy
-import gc
 import math
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import combinations, product
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from torch import nn
 
@@ -209,12 +207,6 @@ class VisionTransformer(nn.Module):
         return self.post_layernorm(x[:, 0])  # (B, C), class token
 
 
-def replace_tokens(ids, share, vocab_size):
-    """Random tokens in place of a share of ids (B, T), markers too: so a small set isn't learnt by heart."""
-    replaced = torch.rand(ids.shape, device=ids.device) < share
-    return torch.where(replaced, torch.randint_like(ids, vocab_size), ids)
-
-
 class TextEmbeddings(nn.Module):
     """Token ids (B, T) to vectors (B, T, C): what the token is, plus where it stands."""
 
@@ -222,11 +214,8 @@ class TextEmbeddings(nn.Module):
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.text.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.text.hidden_size)
-        self.word_dropout = 0.0  # share of the tokens that training replaces by others
 
     def forward(self, ids):
-        if self.training and self.word_dropout:
-            ids = replace_tokens(ids, self.word_dropout, self.token_embedding.num_embeddings)
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
 
 
@@ -242,7 +231,7 @@ class TextTransformer(nn.Module):
 
     def forward(self, ids):
         B, T = ids.shape
-        # The first end token, before any is replaced: padding repeats it, argmax returns the first of equals.
+        # The first end token: padding repeats it, argmax returns the first of equals.
         end = (ids == self.eos_token_id).int().argmax(dim=-1)  # (B,)
         position = torch.arange(T, device=ids.device)
         # Causal: padding stands after the end token, where nothing that is read can see it: no padding mask.
@@ -282,9 +271,10 @@ class CLIP(nn.Module):
         return F.normalize(self.text_projection(self.text_model(ids)).float(), dim=-1)
 
     def similarity(self, image_embeds, text_embeds):
-        """exp(logit_scale) x cosine, (B, E), (B', E) to (B, B'). In fp32: near 100 bf16 has steps of 0.5."""
+        """exp(logit_scale) x cosine, (..., B, E), (..., B', E) to (..., B, B'). In fp32: near 100 bf16 has
+        steps of 0.5."""
         with torch.autocast(image_embeds.device.type, enabled=False):
-            return self.logit_scale.exp() * image_embeds @ text_embeds.T
+            return self.logit_scale.exp() * image_embeds @ text_embeds.mT
 
     def forward(self, pixels, ids):
         """B photos and B captions to logits_per_image (B, B); its transpose is logits_per_text."""
@@ -293,32 +283,50 @@ class CLIP(nn.Module):
         return self.similarity(image_embeds, text_embeds)  # (B, B)
 
 
+def sines(places, C):
+    """Sines and cosines of places (T,) at C / 2 wavelengths, (T, C): at neighbouring places they are alike
+    (Vaswani et al. 2017, 3.5)."""
+    angles = places[:, None] * 10_000 ** -torch.linspace(0, 1, C // 2)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
 @torch.no_grad()
 def init_weights(model):
     """In place: biases 0, the rest normal with the scales of openai/CLIP (model.py, initialize_parameters),
-    those of its text blocks for both towers; norms are left as PyTorch makes them, with weight 1, bias 0."""
+    those of its text blocks for both towers; norms are left as PyTorch makes them, with weight 1, bias 0.
+    Two things are as trained models have them, which few photos hardly teach: attention and positions."""
     for tower, config in ((model.vision_model, model.config.vision), (model.text_model, model.config.text)):
         inner = config.hidden_size**-0.5
         # A block adds to the residual stream twice: this keeps its variance from growing with depth (GPT-2).
         outer = inner * (2 * config.num_hidden_layers) ** -0.5
         for name, module in tower.encoder.named_modules():
             if isinstance(module, nn.Linear):
-                std = {"out_proj": outer, "fc1": (2 * config.hidden_size) ** -0.5, "fc2": outer}
-                nn.init.normal_(module.weight, std=std.get(name.split(".")[-1], inner))
+                std = {"fc1": (2 * config.hidden_size) ** -0.5, "fc2": outer}.get(name.split(".")[-1], inner)
+                nn.init.normal_(module.weight, std=std)
                 nn.init.zeros_(module.bias)
+        for block in tower.encoder.layers:
+            # A token looks at those like it, k = q, and takes their mean away, out = -v transposed (mimetic
+            # initialisation: Trockman & Kolter 2023, arXiv:2305.09828, whose singular values aren't needed).
+            attention = block.self_attn
+            attention.k_proj.weight.copy_(attention.q_proj.weight)
+            attention.out_proj.weight.copy_(attention.v_proj.weight.T * -outer / inner)
 
     vision, text = model.vision_model.embeddings, model.text_model.embeddings
-    vision_std = model.config.vision.hidden_size**-0.5
-    nn.init.normal_(vision.class_embedding, std=vision_std)
-    nn.init.normal_(vision.position_embedding.weight, std=vision_std)
+    C, side = model.config.vision.hidden_size, model.config.image_size // model.config.patch_size
+    nn.init.normal_(vision.class_embedding, std=C**-0.5)
+    down, right = torch.arange(side).repeat_interleave(side), torch.arange(side).repeat(side)
+    grid = torch.cat([sines(down, C // 2), sines(right, C // 2)], dim=1)  # (T - 1, C)
+    nn.init.zeros_(vision.position_embedding.weight[0])  # the class token stands nowhere
+    vision.position_embedding.weight[1:] = grid * C**-0.5 / grid.std()
     # Ours: patches of unit pixels start as strong as positions. With the usual 1 / sqrt(fan in) they would be
     # sqrt(C) times stronger, 28 for ViT-B/16, and where a patch stands would hardly be seen.
     fan_in = 3 * model.config.patch_size**2
-    nn.init.normal_(vision.patch_embedding.weight, std=vision_std * fan_in**-0.5)
+    nn.init.normal_(vision.patch_embedding.weight, std=(C * fan_in) ** -0.5)
     nn.init.normal_(text.token_embedding.weight, std=0.02)
-    nn.init.normal_(text.position_embedding.weight, std=0.01)
+    line = sines(torch.arange(model.config.max_position_embeddings), model.config.text.hidden_size)
+    text.position_embedding.weight.copy_(line * 0.01 / line.std())
 
-    nn.init.normal_(model.visual_projection.weight, std=vision_std)
+    nn.init.normal_(model.visual_projection.weight, std=C**-0.5)
     nn.init.normal_(model.text_projection.weight, std=model.config.text.hidden_size**-0.5)
     # One over the temperature 0.07. At a scale of exp(0.07), a common slip, training is slow to leave chance.
     nn.init.constant_(model.logit_scale, math.log(1 / 0.07))
@@ -327,24 +335,26 @@ def init_weights(model):
 # --- Loss and recall -------------------------------------------------------------------------------------
 
 
-def contrastive_loss(logits_per_image):
+def contrastive_loss(logits_per_image, smoothing=0.0):
     """Mean of two cross-entropies over logits (B, B), a scalar: a row asks which caption fits its photo, a
     column which photo fits its caption, and the diagonal is right. Chance is ln B, 4.85 for 128."""
     if logits_per_image.shape != (len(logits_per_image),) * 2:
         raise ValueError(f"logits_per_image is {tuple(logits_per_image.shape)}, where (B, B) is needed")
     labels = torch.arange(len(logits_per_image), device=logits_per_image.device)
-    loss_image = F.cross_entropy(logits_per_image.float(), labels)
-    loss_text = F.cross_entropy(logits_per_image.float().T, labels)
+    loss_image = F.cross_entropy(logits_per_image.float(), labels, label_smoothing=smoothing)
+    loss_text = F.cross_entropy(logits_per_image.float().T, labels, label_smoothing=smoothing)
     return (loss_image + loss_text) / 2
 
 
-def multiview_loss(model, image_embeds, text_embeds):
+def multiview_loss(model, image_embeds, text_embeds, smoothing=0.0):
     """V crops (B, V, E) and K captions (B, K, E) of B photos: (loss, pair_loss), scalars. pair_loss is the
     mean of contrastive_loss over all V K ways to pair a crop with a caption: with one of each, CLIP's loss.
     The loss adds that over pairs of crops (SLIP, arXiv:2112.12750) and of captions, where there are any."""
 
     def mean_loss(pairs):
-        return torch.stack([contrastive_loss(model.similarity(a, b)) for a, b in pairs]).mean()
+        one, other = zip(*pairs)  # n times (B, E) each
+        logits = model.similarity(torch.stack(one), torch.stack(other))  # (n, B, B)
+        return torch.vmap(partial(contrastive_loss, smoothing=smoothing))(logits).mean()
 
     crops, captions = image_embeds.unbind(1), text_embeds.unbind(1)  # V and K times (B, E)
     loss = pair_loss = mean_loss(product(crops, captions))
@@ -377,10 +387,17 @@ def recall_at_k(similarity, caption_owner, ks=(1, 5, 10)):
 # --- Evaluation ------------------------------------------------------------------------------------------
 
 
+def half(device):
+    """The type of matrix products on CUDA: bf16, which has fp32's range, or fp16 where there is none (T4,
+    P100) and the loss is scaled to keep gradients in range (openai/CLIP #40). Elsewhere None: fp32."""
+    if device.type != "cuda":
+        return None
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
 def autocast(device):
-    """Matrix products in bf16 on CUDA, all in fp32 elsewhere. bf16 has fp32's range: unlike fp16 it needs no
-    loss scaling and doesn't overflow to NaN (openai/CLIP #40). CUDA graphs forbid autocast's cache."""
-    return torch.autocast(device.type, torch.bfloat16, device.type == "cuda", cache_enabled=False)
+    """Matrix products in 16 bits, where half gives a type for them. CUDA graphs forbid autocast's cache."""
+    return torch.autocast(device.type, half(device), half(device) is not None, cache_enabled=False)
 
 
 @torch.no_grad()
@@ -423,20 +440,29 @@ def evaluate(model, split):
 class Recipe:
     """How to train: the defaults are for some thousand photos and a ViT-B/16. InputError for odd values."""
 
-    epochs: int = setting(55, 1, 1e6, "passes over the photos, less those that fill no whole batch")
-    batch_size: int = setting(256, 2, 1e6, "photos in a step, on all GPUs together")
+    epochs: int = setting(50, 1, 1e6, "passes over the photos, less those that fill no whole batch")
+    batch_size: int = setting(128, 2, 1e6, "photos in a step, on all GPUs together")
     micro_batch: int = setting(0, 0, 1e6, "photos that a GPU embeds at once, with all crops; 0 is all")
-    lr: float = setting(5e-4, 0, 1e3, "peak learning rate")
-    weight_decay: float = setting(0.2, 0, 1e3, "AdamW's, on the matrices of Linears")
+    lr: float = setting(1e-3, 0, 1e3, "peak learning rate")
+    weight_decay: float = setting(0.5, 0, 1e3, "of the matrices of Linears")
     warmup: float = setting(0.1, 0, 1, "share of the steps in which lr rises")
+    muon: int = setting(1, 0, 1, "1: Muon trains the matrices of the blocks, 0: AdamW trains all")
     # A small set of photos is soon learnt by heart. It helps to show each in another way every time: cropped,
     views: int = setting(4, 1, 1e3, "crops of a photo in a step, all positives (drawn scenes aren't cropped)")
-    # in other words,
-    captions: int = setting(4, 1, 1e3, "captions of a photo in a step, positives of crops and each other")
+    crop: float = setting(0.2, 0.01, 1, "smallest share of a photo that a crop shows")
+    # in another light,
+    colour: float = setting(0.8, 0, 1, "largest change of a crop's brightness, contrast and saturation")
     # with gaps, so that four crops cost as much as one photo,
     patch_dropout: float = setting(0.75, 0, 0.99, "share of a photo's patches that training leaves out")
-    # and with slips of the pen.
-    word_dropout: float = setting(0.3, 0, 0.99, "share of a caption's tokens that training replaces")
+    # in other sentences,
+    captions: int = setting(4, 1, 1e3, "captions of a photo in a step, positives of crops and each other")
+    # with words that are missing or wrong, and halves that have changed places.
+    delete_words: float = setting(0.2, 0, 0.99, "share of a caption's words that training leaves out")
+    delete_spans: float = setting(0.4, 0, 1, "share of the captions that lose some words in a row")
+    swap_halves: float = setting(0.3, 0, 1, "share of the captions whose two halves change places")
+    replace_words: float = setting(0.3, 0, 0.99, "share of a caption's words that others replace")
+    # Captions of other photos may fit as well: not all of the answer is asked for.
+    label_smoothing: float = setting(0.1, 0, 0.99, "share of the answer that is spread over all pairs")
     # As a falling lr does, a mean takes the noise out of the weights, but while lr is still high.
     ema: float = setting(0.999, 0, 1, "largest decay of the weights' running mean, which is kept; 0: none")
     seed: int = setting(0, 0, 1e9, "of weights, batches and crops")
@@ -446,9 +472,10 @@ class Recipe:
 
 
 SAVE_SECONDS = 20  # between checkpoints: those of large models take some seconds
-# Drawn worlds: a small model for a small world, in which nothing is cropped, left out or averaged.
-PLAIN = dict(views=1, captions=1, patch_dropout=0.0, word_dropout=0.0, ema=0.0)
-DRAWN_RECIPE = Recipe(epochs=9, batch_size=128, lr=1e-3, weight_decay=0.1, **PLAIN)
+# CLIP as it was published: one crop and one caption of a photo, as they are, and the last weights.
+PLAIN = dict(views=1, crop=0.4, colour=0.0, patch_dropout=0.0, captions=1, label_smoothing=0.0, ema=0.0)
+PLAIN |= dict(delete_words=0.0, delete_spans=0.0, swap_halves=0.0, replace_words=0.0)
+DRAWN_RECIPE = Recipe(epochs=6, **PLAIN)  # a small model for a small world
 
 
 def trained_weights(model):
@@ -456,14 +483,59 @@ def trained_weights(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def make_optimizer(model, recipe):
-    """AdamW with OpenAI's betas. Decay pulls towards zero: a sensible prior for matrices of Linears (LoRA's
-    too), not for norms, biases, the logit scale and, unlike the paper, embeddings, also of patches."""
-    groups = [{"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": recipe.weight_decay}]
-    for name, parameter in trained_weights(model).items():
-        is_matrix = parameter.ndim >= 2 and "embedding" not in name
-        groups[is_matrix]["params"].append(parameter)
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+def orthogonalize(x):
+    """Matrices x (n, rows, columns) with all singular values moved near 1: five steps of Newton and Schulz in
+    bf16, with coefficients that hurry and are not exact (Jordan 2024, kellerjordan.github.io/posts/muon)."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonalize(x.mT).mT
+    x = x.bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT  # (n, rows, rows)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal: a step moves a matrix equally far in all directions, as far as AdamW would in
+    the mean (Liu et al. 2025, arXiv:2502.16982). It is torch.optim.Muon with groups of one shape, which are
+    stepped together: 144 matrices of ViT-B/16, one after the other, leave a GPU waiting."""
+
+    def __init__(self, groups, lr, weight_decay, momentum=0.95):
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            matrices, lr, momentum = group["params"], group["lr"], group["momentum"]
+            gradients = torch.stack([matrix.grad for matrix in matrices])  # (n, rows, columns)
+            state = self.state[matrices[0]]  # that of all
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(gradients)
+            mean = state["momentum_buffer"].lerp_(gradients, 1 - momentum)
+            updates = orthogonalize(gradients.lerp(mean, momentum)).float()  # Nesterov's: a look ahead
+            torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(matrices, updates.unbind(), alpha=-lr * 0.2 * max(matrices[0].shape) ** 0.5)
+
+
+def make_optimizers(model, recipe):
+    """[Muon, AdamW]: Muon for the matrices of the blocks, if the recipe has it; AdamW with OpenAI's betas for
+    the rest. Decay pulls towards zero: a sensible prior for matrices of Linears (LoRA's too), not for norms,
+    biases, the logit scale and, unlike the paper, embeddings, also of patches."""
+    blocks, matrices, others = {}, [], []
+    for name, p in trained_weights(model).items():
+        if recipe.muon and ".layers." in name and p.ndim == 2:
+            blocks.setdefault(p.shape, []).append(p)
+        else:
+            (matrices if p.ndim >= 2 and "embedding" not in name else others).append(p)
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, recipe.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    if not blocks:
+        return [adamw]
+    return [Muon([{"params": same} for same in blocks.values()], recipe.lr, recipe.weight_decay), adamw]
 
 
 def learning_rate(step, steps, peak, warmup):
@@ -473,32 +545,42 @@ def learning_rate(step, steps, peak, warmup):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup * steps) / (steps - warmup * steps)))
 
 
-def encode_pairs(model, split, pairs, seed, views=1):
-    """pairs (B, 1 + K): rows of B photos, and of K captions of each. Returns the embeddings of `views` crops
-    of each photo (B, V, E) and of its captions (B, K, E). The same seed makes the same crops and dropout."""
+def encode_pairs(model, split, pairs, recipe, seed):
+    """pairs (B, 1 + K): rows of B photos, and of K captions of each. Returns the embeddings of V crops of a
+    photo (B, V, E) and of its captions (B, K, E). The same seed makes the same crops, words and dropout."""
     torch.manual_seed(seed)
     device, size = model.logit_scale.device, model.config.image_size
-    pixels = split.take(pairs[:, 0], device).repeat_interleave(views, dim=0)  # (B V, S, S, 3)
+    pixels = split.take(pairs[:, 0], device)  # (B, S, S, 3)
     # Photos are stored with a margin for crops. Drawn scenes are not: a crop makes "left" and "large" wrong.
-    pixels = data.augment(pixels, size) if pixels.shape[1] > size else data.normalize(pixels)
-    ids = split.tokens(pairs[:, 1:].flatten(), device)  # (B K, T)
+    crop = pixels.shape[1] > size
+    pixels = data.augment(pixels, size, recipe) if crop else data.normalize(pixels)
+    ids = split.tokens(pairs[:, 1:].flatten(), device, cut=True)  # (B K, T)
+    ids = data.vary_captions(ids, model.config, recipe)
     with autocast(device):
         image_embeds, text_embeds = model.encode_image(pixels), model.encode_text(ids)
     return image_embeds.unflatten(0, (len(pairs), -1)), text_embeds.unflatten(0, (len(pairs), -1))
 
 
-def train_step(model, optimizer, split, pairs, recipe, step, steps):
+def train_step(model, optimizers, scaler, split, pairs, recipe, step, steps):
     """Embed, loss, backward, clip, schedule, step on pairs (B, 1 + K). Returns the loss between photos and
     captions, a scalar on the device."""
     # This process's share, in micro-batches (in the plain case one), each with a seed of its own.
     parts = pairs.chunk(WORLD_SIZE)[RANK].split(recipe.micro_batch or len(pairs))
     seed = (recipe.seed << 32) + (step * WORLD_SIZE + RANK) * len(parts)
-    loss = backward(model, lambda i: encode_pairs(model, split, parts[i], seed + i, recipe.views), len(parts))
+
+    def encode(i):
+        return encode_pairs(model, split, parts[i], recipe, seed + i)
+
+    loss = backward(model, encode, len(parts), recipe.label_smoothing, scaler)
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # one odd batch can't throw the model far
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, steps, recipe.lr, recipe.warmup)
-    optimizer.step()
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, recipe.lr, recipe.warmup)
+        scaler.step(optimizer)
+        optimizer.zero_grad()
+    scaler.update()
     model.logit_scale.data.clamp_(max=math.log(100))  # the paper's bound (openai/CLIP #46)
     return loss
 
@@ -511,21 +593,6 @@ def update_mean(mean, trained, step, largest_decay):
         mean[name].lerp_(trained[name], 1 - decay)
 
 
-def new_state(model, averaged, recipe, splits):
-    """All that a run is, but for its optimizer: a plain dict of numbers and the weights, which it shares."""
-    trained, mean = trained_weights(model), trained_weights(averaged)
-    return {
-        "model": asdict(model.config),
-        "recipe": asdict(recipe),
-        "data": {"source": splits["train"].source, "content": data.fingerprint(splits)},
-        "trained": {name: weight.detach() for name, weight in trained.items()},
-        "last": {name: weight.detach() for name, weight in mean.items()},  # the running mean, if there is one
-        "best": None,  # the running mean after the epoch with the best recall
-        "history": [],
-        "seconds": 0.0,
-    }
-
-
 def train(model, splits, recipe, run_dir, resume=False, compile=False):
     """Trains what requires a gradient in the model, on its device. Returns the history: a row an epoch, with
     the loss and recalls that the weights' running mean has on splits["val"]. After an epoch run_dir gets
@@ -535,14 +602,16 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
     steps_per_epoch = len(split.photos) // B
     steps = recipe.epochs * steps_per_epoch
     model.vision_model.embeddings.patch_dropout = recipe.patch_dropout
-    model.text_model.embeddings.word_dropout = recipe.word_dropout
-    optimizer = make_optimizer(model, recipe)
+    optimizers = make_optimizers(model, recipe)
+    device = model.logit_scale.device
+    scaler = torch.amp.GradScaler(device.type, enabled=half(device) == torch.float16)  # for fp16
     averaged = copy.deepcopy(model) if recipe.ema else model
-    state = new_state(model, averaged, recipe, splits)
+    weights = trained_weights(model), trained_weights(averaged)
+    state = data.new_state(model.config, recipe, splits, *weights)
     if resume:
-        data.load_state(run_dir, state, optimizer)
+        data.load_state(run_dir, state, optimizers)
     if compile:
-        compile_parts(model)
+        data.compile_parts(model, (VisionEmbeddings, Block))
 
     model.train()
     Path(run_dir).mkdir(parents=True, exist_ok=True)
@@ -552,7 +621,8 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
         pairs = split.pairs(recipe.seed, epoch, recipe.captions)  # (N, 1 + K)
         for i in range(steps_per_epoch):
             step = epoch * steps_per_epoch + i
-            loss = train_step(model, optimizer, split, pairs[i * B : (i + 1) * B], recipe, step, steps)
+            batch = pairs[i * B : (i + 1) * B]
+            loss = train_step(model, optimizers, scaler, split, batch, recipe, step, steps)
             if recipe.ema:
                 update_mean(state["last"], state["trained"], step, recipe.ema)  # the weights of `averaged`
             total += loss
@@ -560,20 +630,20 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
                 loss = loss.item()  # waits for the GPU, so before the clock
                 scale = model.logit_scale.exp().item()
                 rate = (i + 1) / (time.perf_counter() - start)
-                data.print_step(recipe, step, steps, loss, optimizer.param_groups[0]["lr"], scale, rate)
+                data.print_step(recipe, step, steps, loss, optimizers[0].param_groups[0]["lr"], scale, rate)
 
         row = {"epoch": epoch + 1, "train_loss": float(total) / steps_per_epoch}
         row |= evaluate(averaged, splits["val"])
         if not math.isfinite(row["train_loss"] + row["loss"]):
             raise InputError("the loss is not finite: start a new run with a lower --lr or a longer --warmup")
         state["seconds"] += time.perf_counter() - start
-        scale, lr = model.logit_scale.exp().item(), optimizer.param_groups[0]["lr"]
+        scale, lr = model.logit_scale.exp().item(), optimizers[0].param_groups[0]["lr"]
         row |= {"lr": lr, "logit_scale": scale, "minutes": state["seconds"] / 60}
         data.add_epoch(state, row, recipe)
         if is_main_process():
             data.write_csv(Path(run_dir) / "log.csv", state["history"])
             if epoch + 1 == recipe.epochs or time.perf_counter() - saved > SAVE_SECONDS:
-                data.save_checkpoint(run_dir, state, optimizer)
+                data.save_checkpoint(run_dir, state, optimizers)
                 saved = time.perf_counter()
     wait_for_all()  # what process 0 wrote is there now
     return state["history"]
@@ -582,28 +652,15 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
 # --- Many pairs and many GPUs ----------------------------------------------------------------------------
 
 
-def gather(x):
-    """The rows of all processes, (B / processes, ...) to (B, ...). A gradient goes back to each its own rows,
-    the sum of what all processes have for them."""
-    return torch.cat(dist_nn.all_gather(x)) if WORLD_SIZE > 1 else x
-
-
-def average_gradients(model):
-    """The mean over the processes. Each computes the whole loss, so that gather's backward sums WORLD_SIZE
-    equal gradients: the mean undoes that, and leaves logit_scale's, which each has whole, as it is."""
-    for p in model.parameters():
-        if WORLD_SIZE > 1 and p.grad is not None:
-            dist.all_reduce(p.grad)
-            p.grad /= WORLD_SIZE
-
-
-def backward(model, encode, micro_batches):
+def backward(model, encode, micro_batches, smoothing, scaler):
     """Leaves the gradient of multiview_loss over the pairs of all processes in the parameters; returns
     pair_loss. encode(i): the embeddings of micro-batch i, the same each time (encode_pairs)."""
     if micro_batches == 1:  # the plain case
         image_embeds, text_embeds = encode(0)
-        loss, pair_loss = multiview_loss(model, gather(image_embeds), gather(text_embeds))
-        loss.backward()
+        loss, pair_loss = multiview_loss(
+            model, data.gather(image_embeds), data.gather(text_embeds), smoothing
+        )
+        scaler.scale(loss).backward()
     else:
         # Every pair meets every other in the loss, but the towers need not hold all at once: gradient caching
         # (Gao et al. 2021, arXiv:2101.06983), which is exact.
@@ -614,47 +671,17 @@ def backward(model, encode, micro_batches):
             images, texts = zip(*[encode(i) for i in range(micro_batches)])
         image_embeds, text_embeds = torch.cat(images).requires_grad_(), torch.cat(texts).requires_grad_()
         # 2. The loss is a function of the embeddings alone: compute it, and its gradient for each of them.
-        loss, pair_loss = multiview_loss(model, gather(image_embeds), gather(text_embeds))
-        loss.backward()
+        loss, pair_loss = multiview_loss(
+            model, data.gather(image_embeds), data.gather(text_embeds), smoothing
+        )
+        scaler.scale(loss).backward()
         # 3. Embed each micro-batch again, now with a graph, and send its part of that gradient through it.
         sizes = [len(part) for part in images]
         for i, gradients in enumerate(zip(image_embeds.grad.split(sizes), text_embeds.grad.split(sizes))):
             # The gradient of sum(x g) is g dx: the chain rule.
             sum((x * g).sum() for x, g in zip(encode(i), gradients)).backward()
-    average_gradients(model)
+    data.average_gradients(model)
     return pair_loss.detach()
-
-
-# --- Speed: changes no number but by rounding ------------------------------------------------------------
-
-
-def compile_parts(model):
-    """torch.compile part by part: equal blocks once for each length of the captions. Then CUDA graphs."""
-    gc.collect()  # an earlier model's graphs, which hold one another in a cycle
-    torch._dynamo.reset()
-    torch._dynamo.config.recompile_limit = 64  # a version for each length of the captions
-    torch._inductor.config.fallback_random = True  # PyTorch's own dropout, LoRA's, is the faster kernel
-    for part in model.modules():
-        if isinstance(part, (VisionEmbeddings, Block)):
-            part.compile(dynamic=False)
-    for tower in (model.vision_model, model.text_model):
-        replay_graphs(tower)
-
-
-def replay_graphs(tower):
-    """Lets a tower train by CUDA graphs, one for each shape of its input: one call replays the thousand
-    kernels of a pass, which Python starts more slowly than a GPU runs small ones. plain keeps its forward."""
-    plain, graphs, pool = copy.copy(tower), {}, torch.cuda.graph_pool_handle()
-
-    def forward(x):
-        if not tower.training:
-            return plain(x)
-        if x.shape not in graphs:
-            with torch.enable_grad(), torch.random.fork_rng([x.device]):  # which recording would use up
-                graphs[x.shape] = torch.cuda.make_graphed_callables(copy.copy(plain), (x.clone(),), pool=pool)
-        return graphs[x.shape](x)
-
-    tower.forward = forward
 
 
 # --- The command -----------------------------------------------------------------------------------------
@@ -705,7 +732,7 @@ def run(args):
     torch.manual_seed(recipe.seed)  # the same weights in every process
     model = CLIP(replace(config, causal=args.text == "causal", **words)).to(device)
     compile = args.compile and device.type == "cuda"
-    data.print_start(model, splits, recipe, device, compile)
+    data.print_start(model, splits, recipe, device, half(device), compile)
     history = train(model, splits, recipe, args.out, args.resume, compile)
     if is_main_process():
         finish(model, splits, history, recipe.seed, args.out)

@@ -9,8 +9,10 @@ Shapes: N photos, M captions of a split; B photos in a batch, S x S pixels, T to
 
 import argparse
 import atexit
+import copy
 import csv
 import functools
+import gc
 import hashlib
 import io
 import itertools
@@ -28,13 +30,14 @@ import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw, ImageOps
 
@@ -92,11 +95,14 @@ class Split:
         """Photos `rows` on the device, uint8 (len(rows), S, S, 3), without waiting for a GPU to be done."""
         return self.photos[rows.to(self.photos.device, non_blocking=True)].to(device)
 
-    def tokens(self, rows, device):
-        """Ids of captions `rows`, (len(rows), T) int32. T is a multiple of 8 or all: each T is compiled."""
-        longest = int(self.lengths[rows].max())
-        longest = math.ceil(longest / 8) * 8
-        return self.ids[rows, :longest].to(device, non_blocking=True)
+    def tokens(self, rows, device, cut=False):
+        """Ids of captions `rows`, (len(rows), T) int32; T is a multiple of 8 or all. cut: to the T that all
+        but one caption in a thousand have room in, the same for each batch, as each T is compiled."""
+        lengths = self.lengths if cut else self.lengths[rows]
+        longest = int(lengths.float().quantile(0.999 if cut else 1.0, interpolation="lower"))
+        ids = self.ids[rows, : math.ceil(longest / 8) * 8]
+        ids[:, -1] = self.ids[rows, -1]  # what is cut keeps its end token, which is also the padding
+        return ids.to(device, non_blocking=True)
 
 
 def make_split(names, photos, sentences, tokenizer, context, source=""):
@@ -129,18 +135,40 @@ def normalize(photos):
     return ((photos / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
-def augment(photos, size, scale=(0.4, 1.0), ratio=(3 / 4, 4 / 3)):
-    """uint8 (B, S, S, 3) to normalised (B, 3, size, size): a random crop of `scale` of the area with sides in
-    `ratio` (less where it would stick out), mirrored or not; on the photos' device, for all at once."""
+def recolour(pixels, strength, grey=0.2):
+    """Pixels (B, 3, S, S) from 0 to 1 in another light: brightness, contrast and saturation of each photo
+    times 1 - strength to 1 + strength, one in five grey (SimCLR, Chen et al. 2020, arXiv:2002.05709)."""
+    B, device = len(pixels), pixels.device
+    amounts = torch.empty(3, B, 1, 1, device=device).uniform_(1 - strength, 1 + strength)
+    brightness, contrast, saturation = amounts  # (B, 1, 1) each
+    saturation = saturation * (torch.rand(B, 1, 1, device=device) >= grey)
+    # How bright a pixel is for an eye: this times its red, green and blue (ITU-R BT.601).
+    luma = torch.tensor([0.299, 0.587, 0.114]).to(device, non_blocking=True)
+
+    # Each of the three mixes a pixel with a grey: black, the photo's mean, the pixel's own. All three are one
+    # matrix (B, 3, 3) and one number to add.
+    matrix = saturation * torch.eye(3, device=device) + (1 - saturation) * luma
+    middle = brightness * (pixels.mean(dim=(2, 3)) @ luma)[:, None, None]  # (B, 1, 1)
+    changed = torch.baddbmm((1 - contrast) * middle, brightness * contrast * matrix, pixels.flatten(2))
+    return changed.clamp_(0, 1).view_as(pixels)
+
+
+def augment(photos, size, recipe, ratio=(3 / 4, 4 / 3)):
+    """uint8 (B, S, S, 3) to normalised (B V, 3, size, size): recipe.views random crops of each photo, of
+    recipe.crop of its area or more, with sides in `ratio` (less where it would stick out), mirrored or not,
+    in another light (recolour, by recipe.colour); on the photos' device, for all at once."""
+    views = recipe.views
     B, device = len(photos), photos.device
 
     # Sides of each crop as shares of the photo's: width * height = area, width / height = aspect. The
     # logarithm of the aspect is uniform, so that 3:4 is as likely as 4:3.
-    area = torch.empty(B, device=device).uniform_(*scale)
-    aspect = torch.empty(B, device=device).uniform_(*np.log(ratio)).exp()
+    area = torch.empty(B * views, device=device).uniform_(recipe.crop, 1)
+    aspect = torch.empty(B * views, device=device).uniform_(*np.log(ratio)).exp()
     width = (area * aspect).sqrt().clamp(max=1)
     height = (area / aspect).sqrt().clamp(max=1)
-    mirror = torch.randint(2, (B,), device=device) * 2 - 1  # 1 or -1, which is read from right to left
+    mirror = (
+        torch.randint(2, (B * views,), device=device) * 2 - 1
+    )  # 1 or -1, which is read from right to left
 
     # The photo reaches from -1 to 1, as grid_sample wants it. A crop of half the width may then have its
     # centre up to 1/2 from the middle, and one of the whole width stays there.
@@ -149,11 +177,54 @@ def augment(photos, size, scale=(0.4, 1.0), ratio=(3 / 4, 4 / 3)):
 
     # Where output pixel (x, y) comes from. `pixels` are the middles of `size` pixels between -1 and 1.
     pixels = (torch.arange(size, device=device) * 2 + 1) / size - 1
-    x = centre_x[:, None] + pixels * (width * mirror)[:, None]  # (B, size)
-    y = centre_y[:, None] + pixels * height[:, None]  # (B, size)
+    x = centre_x[:, None] + pixels * (width * mirror)[:, None]  # (B views, size)
+    y = centre_y[:, None] + pixels * height[:, None]  # (B views, size)
     x, y = torch.broadcast_tensors(x[:, None, :], y[:, :, None])
-    grid = torch.stack([x, y], dim=-1)  # (B, size, size, 2)
-    return F.grid_sample(normalize(photos), grid, padding_mode="border", align_corners=False)
+    grid = torch.stack([x, y], dim=-1)  # (B views, size, size, 2)
+
+    # The crops of a photo one below the other, so that each photo is read once.
+    photos = (photos / 255).permute(0, 3, 1, 2).contiguous()  # (B, 3, S, S)
+    grid = grid.view(B, views * size, size, 2)
+    crops = F.grid_sample(photos, grid, padding_mode="border", align_corners=False)
+    crops = crops.unflatten(2, (views, size)).transpose(1, 2).flatten(0, 1)  # (B views, 3, size, size)
+    if recipe.colour:
+        crops = recolour(crops, recipe.colour)
+    mean, std = torch.tensor([MEAN, STD]).to(device, non_blocking=True)[:, :, None, None]
+    return (crops - mean) / std
+
+
+def vary_captions(ids, config, recipe):
+    """Other sentences of the words in ids (n, T), `<start> words <end> padding` each, by the recipe's shares:
+    halves change places, words are left out, alone or in a row, or replaced (as in Wei & Zou 2019,
+    arXiv:1901.11196)."""
+    (n, T), end, device = ids.shape, config.eos_token_id, ids.device
+    place = torch.arange(T - 1, device=device)  # of a word
+    words = ids[:, 1:]  # (n, T - 1)
+    count = (words == end).int().argmax(dim=1, keepdim=True)  # (n, 1), of the words before the end
+
+    def some(share, *size):
+        """True for a share of the captions, or of their words."""
+        return torch.rand(n, *size, device=device) < share
+
+    if recipe.swap_halves:
+        cut = (torch.rand(n, 1, device=device) * count).long() * some(recipe.swap_halves, 1)
+        turned = words.gather(1, (place + cut) % count.clamp(min=1))
+        words = torch.where(place < count, turned, words)
+    if recipe.delete_words or recipe.delete_spans:
+        length = count * torch.empty(n, 1, device=device).uniform_(0.2, 0.5)
+        first = (count - length) * torch.rand(n, 1, device=device)
+        lost = (place >= first) & (place < first + length) & some(recipe.delete_spans, 1)
+        lost |= some(recipe.delete_words, T - 1)
+        kept = (place < count) & ~lost
+        kept |= (place < count) & ~kept.any(dim=1, keepdim=True)  # who would lose all words keeps them
+        words = words.gather(1, (~kept).int().argsort(dim=1, stable=True))  # those that are kept move up
+        count = kept.sum(dim=1, keepdim=True)
+        words = torch.where(place < count, words, end)
+    if recipe.replace_words:
+        other = torch.randint_like(words, config.vocab_size - 1)
+        other += other >= end  # any token but the end
+        words = torch.where(some(recipe.replace_words, T - 1) & (place < count), other, words)
+    return torch.cat([ids[:, :1], words], dim=1)
 
 
 # --- Loading a folder --------------------------------------------------------------------------------
@@ -188,12 +259,14 @@ def download(folder):
     os.replace(partial, folder)
 
 
-def load_flickr(captions_file, captions, image_size, cache):
+def load_flickr(captions_file, captions, image_size, cache, limit):
     """Splits of what read_captions gave, with photos: {split: (names, photos, sentences of each)}."""
     paths = find_photos(captions_file, captions)
     splits = {}
     for split in ("train", "val", "test"):
         chosen = {name: path for name, path in paths.items() if captions[name][0] == split}
+        if split == "train" and limit:
+            chosen = dict(itertools.islice(chosen.items(), limit))
         if chosen:
             # Training photos have a margin for crops: 256 pixels for the 224 of ViT-B/16.
             size = image_size * 8 // 7 if split == "train" else image_size
@@ -204,9 +277,10 @@ def load_flickr(captions_file, captions, image_size, cache):
     return splits
 
 
-def load(name, tokenizer, image_size, context=77, cache="cache"):
+def load(name, tokenizer, image_size, context=77, cache="cache", limit=0):
     """({"train", "val" and perhaps "test": Split}, tokenizer) of the data `name`, a drawn world or a folder,
-    for a model of this image_size and context (tokens). tokenizer: hub name, folder or "train"."""
+    for a model of this image_size and context (tokens). tokenizer: hub name, folder or "train". limit: of
+    the training photos only the first; 0 is all."""
     if name == "flickr30k" and not Path(name).exists():
         download(name)
 
@@ -217,10 +291,10 @@ def load(name, tokenizer, image_size, context=77, cache="cache"):
         tokenizer = load_tokenizer(tokenizer)
 
     if name in DRAWN:
-        sizes = {"val": 500, "test": 500, "train": DRAWN[name]}
+        sizes = {"val": 500, "test": 500, "train": limit or DRAWN[name]}
         parts = load_drawn(sizes, image_size, name == "sketches")
     else:
-        parts = load_flickr(captions_file, captions, image_size, cache)
+        parts = load_flickr(captions_file, captions, image_size, cache, limit)
 
     if tokenizer == "train":
         _, _, sentences = parts["train"]
@@ -798,6 +872,21 @@ def draw_inside(path, split, before, after, model, count=16):
 CHECKPOINT = "checkpoint.pt"
 
 
+def new_state(config, recipe, splits, trained, mean):
+    """All that a run is, but for its optimizers: a plain dict of numbers and of weights, {name: parameter},
+    which it shares: those that train, and their running mean (the same, if there is none)."""
+    return {
+        "model": asdict(config),
+        "recipe": asdict(recipe),
+        "data": {"source": splits["train"].source, "content": fingerprint(splits)},
+        "trained": {name: weight.detach() for name, weight in trained.items()},
+        "last": {name: weight.detach() for name, weight in mean.items()},
+        "best": None,  # the running mean after the epoch with the best recall
+        "history": [],
+        "seconds": 0.0,
+    }
+
+
 def add_epoch(state, row, recipe):
     """Prints an epoch's row and takes it into the history; keeps the weights if its recalls are the best."""
     is_best = row["rsum"] > max((before["rsum"] for before in state["history"]), default=-1)
@@ -807,10 +896,10 @@ def add_epoch(state, row, recipe):
     print_epoch(recipe, row, is_best)
 
 
-def save_checkpoint(run_dir, state, optimizer):
-    """Writes all that a run is: clip.new_state, and what its optimizer remembers."""
+def save_checkpoint(run_dir, state, optimizers):
+    """Writes all that a run is: new_state, and what its optimizers remember."""
     with atomic(Path(run_dir) / CHECKPOINT) as temporary:
-        torch.save({**state, "optimizer": optimizer.state_dict()}, temporary)
+        torch.save({**state, "optimizers": [each.state_dict() for each in optimizers]}, temporary)
 
 
 def load_checkpoint(run_dir):
@@ -822,7 +911,7 @@ def load_checkpoint(run_dir):
         raise InputError(f"{path} is missing, damaged or no checkpoint") from error
 
 
-def load_state(run_dir, state, optimizer):
+def load_state(run_dir, state, optimizers):
     """Fills the state of a new run with the checkpoint, if there is one. InputError if it's another run's."""
     if not (Path(run_dir) / CHECKPOINT).exists():
         return
@@ -836,7 +925,8 @@ def load_state(run_dir, state, optimizer):
         for part in ("trained", "last"):
             for name, weight in state[part].items():
                 weight.copy_(saved[part][name])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, remembered in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(remembered)
         state.update(best=saved["best"], history=saved["history"], seconds=saved["seconds"])
     except (RuntimeError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{sorry}: its checkpoint is damaged, older or of another model") from error
@@ -862,16 +952,21 @@ def describe(row):
     ).format(**row)
 
 
-def print_start(model, splits, recipe, device, compile=False):
-    """The opening block: device, size, data, steps, and the losses of a model that knows nothing."""
-    name = f"{torch.cuda.get_device_name(device)}, bfloat16" if device.type == "cuda" else "CPU"
+def print_start(model, splits, recipe, device, half=None, compile=False):
+    """The opening block: device, size, data, steps, and the losses of a model that knows nothing. half: the
+    type of matrix products, if it isn't fp32."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     vision, text, everything = (
         f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"
         for module in (model.vision_model, model.text_model, model)
     )
     steps = recipe.epochs * (len(splits["train"].photos) // recipe.batch_size)
     group = min(64, len(splits["val"].photos))
-    print(f"device    {WORLD_SIZE} x {name}{', compiled' if compile else ''}")
+    print(
+        f"device    {WORLD_SIZE} x {name}, {half or torch.float32}{', compiled' if compile else ''}".replace(
+            "torch.", ""
+        )
+    )
     print(f"model     vision {vision} + text {text} + projections = {everything} parameters")
     for split, part in splits.items():
         print(f"{split:10s}{len(part.photos):,} photos, {len(part.captions):,} captions")
@@ -903,6 +998,11 @@ def print_end(history, run_dir):
     """The closing block."""
     lowest = min(history, key=lambda row: row["loss"])
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
+    for level in (20, 30):
+        passed = [row for row in history if min(row["t2i_r10"], row["i2t_r10"]) > level]
+        if passed:
+            epoch, minutes = passed[0]["epoch"], passed[0]["minutes"]
+            print(f"passed    {level} % R@10 both ways in epoch {epoch}, {minutes:.2f} minutes")
     print(f"lowest    validation loss {lowest['loss']:.4f}, in epoch {lowest['epoch']}")
     print(f"done      {history[-1]['minutes']:.1f} minutes of training{memory}: {run_dir}")
 
@@ -924,6 +1024,21 @@ def wait_for_all():
         dist.barrier()
 
 
+def gather(x):
+    """The rows of all processes, (B / processes, ...) to (B, ...). A gradient goes back to each its own rows,
+    the sum of what all processes have for them."""
+    return torch.cat(dist_nn.all_gather(x)) if WORLD_SIZE > 1 else x
+
+
+def average_gradients(model):
+    """The mean over the processes. Each computes the whole loss, so that gather's backward sums WORLD_SIZE
+    equal gradients: the mean undoes that, and leaves logit_scale's, which each has whole, as it is."""
+    for p in model.parameters():
+        if WORLD_SIZE > 1 and p.grad is not None:
+            dist.all_reduce(p.grad)
+            p.grad /= WORLD_SIZE
+
+
 def open_device(name):
     """The torch.device of this name; there the processes that torchrun has started find each other.
     InputError where there is no such device."""
@@ -942,6 +1057,38 @@ def open_device(name):
         if not is_main_process():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open
     return device
+
+
+# --- Speed: changes no number but by rounding --------------------------------------------------------
+
+
+def compile_parts(model, kinds):
+    """torch.compile for the modules of these kinds, equal ones once for each shape. Then CUDA graphs."""
+    gc.collect()  # an earlier model's graphs, which hold one another in a cycle
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = 64  # a version for each shape
+    torch._inductor.config.fallback_random = True  # PyTorch's own dropout, LoRA's, is the faster kernel
+    for part in model.modules():
+        if isinstance(part, kinds):
+            part.compile(dynamic=False)
+    for tower in (model.vision_model, model.text_model):
+        replay_graphs(tower)
+
+
+def replay_graphs(tower):
+    """Lets a tower train by CUDA graphs, one for each shape of its input: one call replays the thousand
+    kernels of a pass, which Python starts more slowly than a GPU runs small ones. plain keeps its forward."""
+    plain, graphs, pool = copy.copy(tower), {}, torch.cuda.graph_pool_handle()
+
+    def forward(x):
+        if not tower.training:
+            return plain(x)
+        if x.shape not in graphs:
+            with torch.enable_grad(), torch.random.fork_rng([x.device]):  # which recording would use up
+                graphs[x.shape] = torch.cuda.make_graphed_callables(copy.copy(plain), (x.clone(),), pool=pool)
+        return graphs[x.shape](x)
+
+    tower.forward = forward
 
 
 # --- A command ---------------------------------------------------------------------------------------
@@ -985,12 +1132,14 @@ class Parser(argparse.ArgumentParser):
             metavar="DIR",
             help="photos and captions, or `shapes`, `sketches`; flickr30k is fetched if missing",
         )
+        group.add_argument("--photos", type=int, default=0, help="train on the first of them; 0 is all")
         group.add_argument(
             "--out", type=Path, metavar="DIR", help="folder of the run; None is a name in runs/"
         )
         group.add_argument("--resume", action="store_true", help="go on with the run in --out")
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-        group.add_argument("--device", default=device, help="cuda:N or cpu")
+        kind = torch.accelerator.current_accelerator(check_available=True)  # CUDA's, Apple's, ...
+        device = f"{kind.type}:{os.environ.get('LOCAL_RANK', 0)}" if kind else "cpu"
+        group.add_argument("--device", default=device, help="cuda:N, mps or cpu")
         group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="on CUDA")
 
     def error(self, message):
@@ -1007,12 +1156,18 @@ def open_data(args, device, tokenizer, config):
     where --out holds a run, or for a batch that is too large."""
     if not args.resume and any((args.out / name).exists() for name in (CHECKPOINT, "tokenizer", "log.csv")):
         raise InputError(f"{args.out} holds a run: --resume goes on with it, --out DIR starts another")
+    if args.photos < 0:
+        raise InputError(f"--photos {args.photos}: give a number of photos, or 0 for all")
     if not is_main_process():
         wait_for_all()  # process 0 stores the photos, the others find them
-    splits, tokenizer = load(args.data, tokenizer, config.image_size, config.max_position_embeddings)
+    splits, tokenizer = load(
+        args.data, tokenizer, config.image_size, config.max_position_embeddings, limit=args.photos
+    )
     if is_main_process():
         wait_for_all()
     photos = len(splits["train"].photos)
+    if args.photos > photos:
+        raise InputError(f"--photos {args.photos}: there are {photos} to train on")
     if args.batch_size > photos:
         raise InputError(f"--batch-size {args.batch_size} for {photos} training photos")
     if args.batch_size % WORLD_SIZE:

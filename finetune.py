@@ -154,7 +154,7 @@ class LoRARecipe(Recipe):
 
 # Those of amirhossein-yousefi/Image-Contrastive-CLIP, which trains all weights (R@1 79.0 text->image, 92.3
 # image->text on Flickr30k's test photos), but lr, which is LoRA's.
-RECIPE = LoRARecipe(epochs=5, batch_size=64, lr=1e-4, weight_decay=0.1, **clip.PLAIN)
+RECIPE = LoRARecipe(epochs=5, batch_size=64, lr=1e-4, weight_decay=0.1, muon=0, **clip.PLAIN)
 # A small model takes larger steps.
 DRAWN_RECIPE = replace(RECIPE, epochs=8, lr=5e-3, dropout=0.0)
 
@@ -168,11 +168,12 @@ def insert(model, recipe):
         lora.add_lora(model, recipe.r, recipe.alpha, recipe.dropout, recipe.targets)
     except ValueError as error:
         raise InputError(str(error)) from error
-    if model.logit_scale.is_cuda:
-        # Autocast rounds the frozen matrices to bf16 for each product. Rounded once they need no fp32 copy.
+    half = clip.half(model.logit_scale.device)
+    if half:
+        # Autocast rounds frozen matrices to 16 bits for each product. Rounded once they need no fp32 copy.
         for module in model.modules():
             if isinstance(module, nn.Linear):
-                module.weight.data = module.weight.data.bfloat16()
+                module.weight.data = module.weight.data.to(half)
 
 
 def adapt(base, splits, recipe, run_dir, resume=False, compile=False):
@@ -387,7 +388,7 @@ def run(args):
             insert(CLIP(c), recipe)
     data.save_tokenizer(tokenizer, args.out)
     compile = args.compile and device.type == "cuda"
-    data.print_start(base, splits, recipe, device, compile)
+    data.print_start(base, splits, recipe, device, clip.half(device), compile)
     judged = {name: split for name, split in splits.items() if name != "train"} | own_data(args.base, c)
     zero_shot = judge(base, "zero-shot", judged)
     recipes = recipes_of(args, base_loss=round(zero_shot["val loss"], 3))

@@ -40,7 +40,7 @@ import huggingface_hub
 import peft
 import transformers
 from matplotlib import pyplot as plt
-from PIL import Image
+from PIL import Image, ImageEnhance
 from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.flop_counter import FlopCounterMode
@@ -84,6 +84,8 @@ OPENAI_B_16 = replace(PRESETS["ViT-B/16"], causal=True, hidden_act="quick_gelu")
 # The size of the vocabulary that train_tokenizer gives for captions of single letters.
 SPELLING = replace(OPENAI_SMALL, vocab_size=514, eos_token_id=513)
 QKV = ["q_proj", "k_proj", "v_proj"]
+NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
+PLAIN = clip.Recipe(**clip.PLAIN)
 
 
 @torch.no_grad()
@@ -158,7 +160,7 @@ def encode_views(model, pixels, ids):
 def backward_of(model, pixels, ids, micro_batch):
     """clip.backward over these views in micro-batches; without dropout they need no seed."""
     parts = list(zip(pixels.split(micro_batch), ids.split(micro_batch)))
-    return clip.backward(model, lambda i: encode_views(model, *parts[i]), len(parts))
+    return clip.backward(model, lambda i: encode_views(model, *parts[i]), len(parts), 0.0, NO_SCALER)
 
 
 def recall(text_to_image, image_to_text):
@@ -522,9 +524,11 @@ def spoil(monkeypatch, module, name, number, spoilt):
     """From its call `number` on a function of a module is `spoilt`, which gets the function first."""
     function, calls = getattr(module, name), []
 
-    def counted(*arguments):
+    def counted(*arguments, **named):
         calls.append(1)
-        return spoilt(function, *arguments) if len(calls) >= number else function(*arguments)
+        return (
+            spoilt(function, *arguments, **named) if len(calls) >= number else function(*arguments, **named)
+        )
 
     monkeypatch.setattr(module, name, counted)
 
@@ -563,14 +567,12 @@ def whole_step(B, r, dropout, config, device):
     split.place(device)
     model = CLIP(config).to(device).train()
     finetune.insert(model, finetune.LoRARecipe(r=r, alpha=2.0 * r, dropout=dropout))
-    optimizer = clip.make_optimizer(model, clip.Recipe())
+    recipe = replace(PLAIN, batch_size=B, muon=0)
+    optimizers = clip.make_optimizers(model, recipe)
 
     def step(i):
         pairs = (torch.arange(B) + i % 4 * B).repeat(2, 1).T
-        clip.backward(model, lambda _: clip.encode_pairs(model, split, pairs, seed=i), micro_batches=1)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        clip.train_step(model, optimizers, NO_SCALER, split, pairs, recipe, i, 1000)
 
     return model, step
 
@@ -748,9 +750,7 @@ def test_every_parameter_starts_at_the_scale_of_openai_and_the_logits_at_14_29_n
         "text_projection.weight": 32**-0.5,
         "vision_model.embeddings.class_embedding": 48**-0.5,
         "vision_model.embeddings.patch_embedding.weight": (3 * 8 * 8 * 48) ** -0.5,
-        "vision_model.embeddings.position_embedding.weight": 48**-0.5,
         "text_model.embeddings.token_embedding.weight": 0.02,
-        "text_model.embeddings.position_embedding.weight": 0.01,
     }
     for tower, C, L in (("vision_model", 48, 3), ("text_model", 32, 2)):
         for block in (f"{tower}.encoder.layers.{i}" for i in range(L)):
@@ -760,8 +760,9 @@ def test_every_parameter_starts_at_the_scale_of_openai_and_the_logits_at_14_29_n
             std[f"{block}.mlp.fc2.weight"] = (C * 2 * L) ** -0.5
     model = CLIP(SMALL)
     with torch.no_grad():
-        for name in std:
-            model.get_parameter(name).fill_(torch.nan)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:  # norms are PyTorch's
+                parameter.fill_(torch.nan)
     clip.init_weights(model)
     assert difference(model.logit_scale, torch.tensor(2.6593)) < 1e-4
     for name, parameter in model.named_parameters():
@@ -769,8 +770,36 @@ def test_every_parameter_starts_at_the_scale_of_openai_and_the_logits_at_14_29_n
             # Four standard errors of a standard deviation and of a mean.
             assert abs(parameter.std() / std[name] - 1) < 4 / math.sqrt(2 * parameter.numel()), name
             assert abs(parameter.mean() / std[name]) < 4 / math.sqrt(parameter.numel()), name
-        elif name != "logit_scale":
+        elif name != "logit_scale" and "position" not in name:
             assert (parameter == (0 if name.endswith("bias") else 1)).all(), name
+
+
+def test_tokens_start_by_looking_at_their_like_and_taking_their_mean_away():
+    model = CLIP(SMALL)
+    for tower, L in ((model.vision_model, 3), (model.text_model, 2)):
+        for block in tower.encoder.layers:
+            attention = block.self_attn
+            assert difference(attention.q_proj.weight, attention.k_proj.weight) == 0
+            expected = -attention.v_proj.weight.T * (2 * L) ** -0.5
+            assert difference(attention.out_proj.weight, expected) < 1e-6
+
+
+def test_positions_start_as_sines_of_their_row_and_column():
+    model = CLIP(SMALL)
+    vision, text = (
+        tower.embeddings.position_embedding.weight for tower in (model.vision_model, model.text_model)
+    )
+    assert (vision[0] == 0).all()
+    assert vision[1:].std().item() == pytest.approx(48**-0.5) and text.std().item() == pytest.approx(0.01)
+
+    def written_out(place, width):
+        angles = [place * 10_000 ** (-i / (width // 2 - 1)) for i in range(width // 2)]
+        return [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
+
+    grid = torch.tensor([written_out(i // 5, 24) + written_out(i % 5, 24) for i in range(25)])
+    line = torch.tensor([written_out(i, 32) for i in range(16)])
+    for positions, expected in ((vision[1:], grid), (text, line)):
+        assert difference(positions / positions.std(), expected / expected.std()) < 1e-5
 
 
 # --- Padding and the end token ---------------------------------------------------------------------------
@@ -821,28 +850,67 @@ def test_patch_dropout_shows_half_of_the_patches_in_training_and_all_in_evaluati
     assert len(chosen) == 3  # other ones in each photo
 
 
-def test_word_dropout_replaces_a_share_of_the_tokens_in_training_and_none_in_evaluation():
-    embeddings, ids = small_model().text_model.embeddings, torch.randint(100, (50, 16))
-    whole, embeddings.word_dropout = embeddings(ids), 0.3
-    assert torch.equal(embeddings.eval()(ids), whole)
-    words = embeddings.train()(ids) - embeddings.position_embedding.weight
-    changed = (words - embeddings.token_embedding(ids)).abs().amax(dim=-1) > 1e-5
-    assert 0.25 < changed.float().mean() < 0.35  # 800 tokens, 1 in 100 of them replaced by itself
-    nearest = torch.cdist(words.flatten(0, 1), embeddings.token_embedding.weight).min(dim=1)
-    assert nearest.values.max() < 1e-2  # what stands there is a token
-    assert len(nearest.indices[changed.flatten()].unique()) > 80  # and not always the same one
+WORDS = replace(SMALL, vocab_size=5000, eos_token_id=60)
 
 
-def test_replaced_words_leave_a_caption_read_at_its_end_token():
-    model, ids, read = small_model().train(), captions([3, 6, 9]), []
-    model.text_model.embeddings.word_dropout = 0.99
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        read.append(words_of(model, ids)[range(3), [2, 5, 8]])
-    torch.manual_seed(1)
-    pooled = model.text_model(ids)
-    assert difference(pooled, read[0]) == 0
-    assert difference(pooled, read[2]) > 0
+def vary(lengths, **shares):
+    """Captions of these lengths, with both markers, of words that are all different; and what a recipe with
+    these shares makes of them."""
+    ids = captions(lengths, width=24, config=WORDS)
+    ids[:, 0] = 61
+    for row, length in zip(ids, lengths):
+        row[1 : length - 1] = 100 + torch.arange(length - 2)
+    return ids, data.vary_captions(ids, WORDS, replace(PLAIN, **shares))
+
+
+def words_in(row):
+    return row[1 : (row == 60).nonzero()[0, 0]].tolist()
+
+
+def test_captions_stay_as_they_are_without_shares():
+    ids, varied = vary([2, 3, 12, 24] * 5)
+    assert torch.equal(ids, varied)
+
+
+def test_replaced_words_are_a_share_and_any_others_but_the_end():
+    ids, varied = vary([12] * 400, replace_words=0.3)
+    assert torch.equal(ids[:, 0], varied[:, 0]) and torch.equal(ids[:, 11:], varied[:, 11:])
+    changed = ids[:, 1:11] != varied[:, 1:11]
+    assert 0.27 < changed.float().mean() < 0.33
+    assert len(varied[:, 1:11][changed].unique()) > 900  # of 4,000 words, about 1,200
+    assert not (varied[:, 1:11] == 60).any()
+
+
+@pytest.mark.parametrize(
+    "shares, kept",
+    [({"delete_words": 0.2}, 0.8), ({"delete_spans": 1.0}, 0.65), ({"delete_spans": 0.4}, 0.86)],
+)
+def test_deleted_words_are_a_share_and_the_others_move_up_in_order(shares, kept):
+    ids, varied = vary([22] * 400, **shares)
+    found, gaps = [words_in(row) for row in varied], 0
+    for row, words in zip(varied, found):
+        assert words == sorted(words) and (row[1 + len(words) :] == 60).all()
+        gaps += sum(b - a > 1 for a, b in zip(words, words[1:]))
+    assert sum(map(len, found)) / 8000 == pytest.approx(kept, abs=0.03)
+    assert gaps > 1000 if "delete_words" in shares else gaps <= 400  # words here and there, or in a row
+
+
+def test_a_caption_never_loses_all_its_words():
+    ids, varied = vary([3, 4, 5] * 100, delete_words=0.95, delete_spans=1.0)
+    assert all(words_in(row) for row in varied)
+    ids, varied = vary([2, 2], delete_words=0.5, swap_halves=1.0, replace_words=0.5)  # there is none to lose
+    assert torch.equal(ids, varied)
+
+
+def test_swapped_halves_are_those_on_both_sides_of_a_random_word():
+    ids, varied = vary([12] * 400, swap_halves=0.3)
+    turns = []
+    for row in varied:
+        first = words_in(row)[0] - 100
+        assert words_in(row) == [100 + (first + i) % 10 for i in range(10)]
+        turns.append(first)
+    assert set(turns) == set(range(10))
+    assert sum(turn > 0 for turn in turns) == pytest.approx(400 * 0.3 * 0.9, abs=35)  # one cut in ten is none
 
 
 # --- Many pairs ------------------------------------------------------------------------------------------
@@ -870,6 +938,16 @@ def test_all_crops_and_captions_of_a_photo_are_positives_of_each_other(crops, se
     loss, cross = clip.multiview_loss(model, images, texts)
     assert difference(loss, expected) < 1e-5
     assert difference(cross, first) < 1e-5
+
+
+def test_label_smoothing_spreads_a_share_of_the_answer_over_all_pairs():
+    logits, smoothing = torch.randn(7, 7), 0.1
+    right = (1 - smoothing) * torch.eye(7) + smoothing / 7
+    expected = -(right * logits.log_softmax(0)).sum(0).mean() - (right * logits.log_softmax(1)).sum(1).mean()
+    assert difference(contrastive_loss(logits, smoothing), expected / 2) < 1e-6
+    model, images, texts = small_model(), torch.randn(7, 1, 24), torch.randn(7, 1, 24)
+    smooth, _ = clip.multiview_loss(model, images, texts, smoothing)
+    assert difference(smooth, contrastive_loss(model.similarity(images[:, 0], texts[:, 0]), smoothing)) < 1e-5
 
 
 @pytest.mark.parametrize("crops, sentences", [(1, 1), (2, 3)])
@@ -1368,15 +1446,44 @@ def test_a_batch_of_captions_is_as_long_as_its_longest_rounded_up_to_eight():
 
 def test_augmentation_mirrors_half_of_the_photos_and_crops_the_share_that_was_asked_for():
     photos = torch.randint(0, 256, (64, 16, 16, 3), dtype=torch.uint8)
-    plain, augmented = data.normalize(photos), data.augment(photos, 16, scale=(1, 1), ratio=(1, 1))
+    plain, augmented = data.normalize(photos), data.augment(photos, 16, replace(PLAIN, crop=1), ratio=(1, 1))
     mirrored = (augmented - plain).abs().amax(dim=(1, 2, 3)) > 1e-3
     assert 16 < mirrored.sum() < 48
     assert difference(augmented, torch.where(mirrored[:, None, None, None], plain.flip(-1), plain)) < 1e-4
 
     ramp = torch.arange(256).expand(100, 256, 256)[..., None].expand(-1, -1, -1, 3).to(torch.uint8)
-    columns = data.augment(ramp, 224, scale=(0.4, 0.4), ratio=(1, 1))[:, 0, 0] * data.STD[0] + data.MEAN[0]
-    width = (columns[:, -1] - columns[:, 0]).abs() * 224 / 223
-    assert difference(width, torch.full_like(width, 0.4**0.5)) < 0.01
+    crops = data.augment(ramp, 224, replace(PLAIN, crop=0.2, views=10), ratio=(1, 1))  # (1,000, 3, 224, 224)
+    columns = crops[:, 0, 0] * data.STD[0] + data.MEAN[0]
+    area = ((columns[:, -1] - columns[:, 0]) * 224 / 223) ** 2
+    assert 0.19 < area.min() < 0.22 and 0.98 < area.max() < 1.02
+    assert area.mean().item() == pytest.approx(0.6, abs=0.03)
+
+
+def test_the_crops_of_a_photo_stand_together_and_are_all_different():
+    photos = (50 * torch.arange(5)).view(5, 1, 1, 1).expand(5, 32, 32, 3).to(torch.uint8)
+    crops = data.augment(photos, 28, replace(PLAIN, views=3))
+    assert difference(crops, data.normalize(photos[:, :28, :28]).repeat_interleave(3, dim=0)) < 1e-5
+    crops = data.augment(torch.randint(256, (1, 32, 32, 3), dtype=torch.uint8), 28, replace(PLAIN, views=3))
+    assert min((crops[i] - crops[j]).abs().max() for i, j in [(0, 1), (0, 2), (1, 2)]) > 0.5
+
+
+def test_colours_change_as_pillow_changes_them():
+    photo = np.random.default_rng(0).integers(60, 120, (8, 8, 3), dtype=np.uint8)  # nothing leaves 0 to 255
+    pixels = torch.from_numpy(photo / 255).float().permute(2, 0, 1).repeat(300, 1, 1, 1)
+    torch.manual_seed(5)
+    changed = data.recolour(pixels, 0.4)
+    torch.manual_seed(5)
+    amounts = torch.empty(3, 300, 1, 1).uniform_(0.6, 1.4)[:, :, 0, 0]
+    grey = torch.rand(300, 1, 1) < 0.2
+    assert 40 < grey.sum() < 80
+    for i in range(0, 300, 10):
+        image = Image.fromarray(photo)
+        brightness, contrast, saturation = amounts[:, i].tolist()
+        image = ImageEnhance.Brightness(image).enhance(brightness)
+        image = ImageEnhance.Contrast(image).enhance(contrast)
+        image = ImageEnhance.Color(image).enhance(0.0 if grey[i] else saturation)
+        expected = torch.from_numpy(np.asarray(image) / 255).float().permute(2, 0, 1)
+        assert difference(changed[i], expected) < 0.02  # Pillow rounds three times
 
 
 # --- Tokenizer -------------------------------------------------------------------------------------------
@@ -1495,14 +1602,42 @@ def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine():
     assert np.allclose(np.diff(rates[:100]), 2 / 101)
 
 
-def test_only_the_matrices_of_linears_decay():
+@pytest.mark.parametrize("muon", [0, 1])
+def test_only_the_matrices_of_linears_decay_and_muon_has_those_of_the_blocks(muon):
     model = CLIP(SMALL)
-    groups = clip.make_optimizer(model, clip.Recipe(weight_decay=0.2)).param_groups
+    optimizers = clip.make_optimizers(model, clip.Recipe(weight_decay=0.2, muon=muon))
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     linears = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear)}
-    assert len(decays) == len(list(model.parameters()))
+    assert len(decays) == len(list(model.parameters())) == sum(len(group["params"]) for group in groups)
     assert {i for i, decay in decays.items() if decay == 0.2} == linears
     assert {decay for i, decay in decays.items() if i not in linears} == {0.0}
+    if muon:
+        blocks = [*model.vision_model.encoder.modules(), *model.text_model.encoder.modules()]
+        blocks = {id(module.weight) for module in blocks if isinstance(module, torch.nn.Linear)}
+        assert {id(p) for group in optimizers[0].param_groups for p in group["params"]} == blocks
+
+
+def test_muon_is_that_of_pytorch():
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in [(8, 8), (24, 8), (8, 24), (8, 8)]]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    groups = [{"params": [ours[0], ours[3]]}, {"params": [ours[1]]}, {"params": [ours[2]]}]
+    a = clip.Muon(groups, lr=0.02, weight_decay=0.5)
+    b = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.5, adjust_lr_fn="match_rms_adamw")
+    for _ in range(5):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        a.step()
+        b.step()
+        for p, q in zip(ours, theirs):  # bf16's products are rounded in other orders
+            assert difference(p, q) < 1e-3
+
+
+def test_orthogonalized_matrices_have_singular_values_near_1():
+    for shape in ((3, 20, 50), (3, 50, 20), (3, 20, 20)):
+        values = torch.linalg.svdvals(clip.orthogonalize(torch.randn(shape)).float())
+        assert values.min() > 0.3 and values.max() < 1.3
 
 
 def test_validation_loss_is_over_groups_of_64_pairs_and_five_turns_of_captions(monkeypatch):
@@ -1524,26 +1659,74 @@ def test_crops_and_captions_stay_with_their_photo_and_are_the_same_in_both_passe
     split = load(album)["train"]
     model, pairs = small_model_of(split).eval(), split.pairs(0, 0, captions=3)[:6]
     plain = replace(split, photos=split.photos[:, :32, :32])  # no margin, so no random crops
-    images, texts = clip.encode_pairs(model, plain, pairs, 0, views=2)
+    images, texts = clip.encode_pairs(model, plain, pairs, PLAIN, 0)
     pixels = data.normalize(plain.photos[pairs[:, 0]])
-    assert difference(images, model.encode_image(pixels)[:, None].expand(-1, 2, -1)) < 1e-6
+    assert difference(images, model.encode_image(pixels)[:, None]) < 1e-6
     for k in range(3):
         assert difference(texts[:, k], model.encode_text(split.ids[pairs[:, 1 + k]])) < 1e-6
 
     lora.add_lora(model.train(), 4, 8, dropout=0.5)
     torch.nn.init.normal_(model.text_model.encoder.layers[0].self_attn.q_proj.lora_B)
-    model.vision_model.embeddings.patch_dropout = model.text_model.embeddings.word_dropout = 0.5
-    first, again, other = (clip.encode_pairs(model, split, pairs, seed, views=2) for seed in (1, 1, 2))
+    model.vision_model.embeddings.patch_dropout = 0.5
+    recipe = clip.Recipe(views=2)
+    assert clip.encode_pairs(model, split, pairs, recipe, 0)[0].shape == (6, 2, 24)
+    first, again, other = (clip.encode_pairs(model, split, pairs, recipe, seed) for seed in (1, 1, 2))
     for a, b, c in zip(first, again, other):
         assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_batches_for_training_have_one_length_and_what_is_cut_keeps_its_end():
+    tokenizer = data.train_tokenizer(["a b c d e f g h i j"])
+    sentences = [["a " * 3, "b " * 9]] * 1000 + [
+        ["a b c d e f g h i j " * 3]
+    ]  # one of 2,001 captions is long
+    split = data.make_split(list("x" * 1001), np.zeros((1001, 8, 8, 3), np.uint8), sentences, tokenizer, 77)
+    short, both, long = torch.tensor([0, 1]), torch.tensor([0, 2000]), torch.tensor([2000])
+    for rows in (short, both, long):
+        assert torch.equal(split.tokens(rows, "cpu"), split.ids[rows, : 16 if rows is short else 32])
+        assert split.tokens(rows, "cpu", cut=True).shape == (len(rows), 16)
+    assert torch.equal(split.tokens(short, "cpu", cut=True), split.ids[short, :16])
+    cut = split.tokens(long, "cpu", cut=True)[0]
+    assert torch.equal(cut[:15], split.ids[2000, :15]) and cut[15] == tokenizer.eos_token_id
+    assert split.ids[2000, 15] != tokenizer.eos_token_id
+
+
+def test_fp16_scales_the_loss_takes_the_same_step_and_leaves_one_out_that_overflows(monkeypatch):
+    monkeypatch.setattr(clip, "half", lambda device: torch.float16)  # as on a GPU without bf16
+    split = drawn_split("shapes", data.train_tokenizer(["a small red circle"]), "train")
+    pairs = split.pairs(0, 0)
+    weights = {}
+    for scaled in (False, True):
+        torch.manual_seed(0)
+        model = CLIP(replace(PRESETS["tiny"], eos_token_id=int(split.ids[0, -1]))).train()
+        before = model.text_projection.weight.detach().clone()
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+        optimizers = clip.make_optimizers(model, PLAIN)
+        clip.train_step(model, optimizers, scaler, split, pairs, PLAIN, 0, 10)
+        weights[scaled] = model.text_projection.weight.detach().clone()
+    moved = (weights[False] - before).abs().mean()
+    assert moved > 1e-5 and (weights[True] - weights[False]).abs().mean() < 0.1 * moved
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e30)
+    clip.train_step(model, optimizers, scaler, split, pairs, PLAIN, 1, 10)
+    assert difference(model.text_projection.weight, weights[True]) == 0
+    assert scaler.get_scale() == pytest.approx(5e29)
+
+
+def test_photos_trains_on_the_first_of_them(album, monkeypatch):
+    whole = load(album)
+    splits, _ = data.load(str(album), "train", 48, 24, limit=7)
+    assert splits["train"].names == whole["train"].names[:7]
+    assert torch.equal(splits["train"].photos, whole["train"].photos[:7])
+    assert splits["val"].names == whole["val"].names
+    assert len(data.load("shapes", "train", 48, limit=20)[0]["train"].photos) == 20
 
 
 def test_the_logit_scale_never_leaves_a_step_above_100(album):
     split = load(album)["train"]
     model, recipe = small_model_of(split).train(), clip.Recipe(batch_size=6, lr=0.1, views=1, captions=1)
     model.logit_scale.data.fill_(9.0)
-    optimizer = clip.make_optimizer(model, recipe)
-    clip.train_step(model, optimizer, split, split.pairs(0, 0)[:6], recipe, step=5, steps=10)
+    optimizers = clip.make_optimizers(model, recipe)
+    clip.train_step(model, optimizers, NO_SCALER, split, split.pairs(0, 0)[:6], recipe, step=5, steps=10)
     assert model.logit_scale.exp().item() == pytest.approx(100)
 
 
@@ -1554,7 +1737,12 @@ def test_a_run_evaluates_and_keeps_the_running_mean_of_its_weights(ema, monkeypa
     def watched(train, model, *rest):
         weight = model.text_projection.weight
         seen.append(weight.detach().double())
-        hook = register_optimizer_step_post_hook(lambda *_: seen.append(weight.detach().double()))
+
+        def keep(optimizer, *_):
+            if isinstance(optimizer, torch.optim.AdamW):  # the second of two
+                seen.append(weight.detach().double())
+
+        hook = register_optimizer_step_post_hook(keep)
         history = train(model, *rest)
         hook.remove()
         return history
@@ -1640,7 +1828,7 @@ def half_saved(save, state, path):
 
 # what is wrong: (function of which module, its call that goes wrong, what it does then, message)
 FAULTS = {
-    "NaN": (clip, "contrastive_loss", 13, lambda loss, x: loss(x) * torch.nan, "the loss is not finite"),
+    "NaN": (clip, "contrastive_loss", 13, lambda loss, x, **_: loss(x) * torch.nan, "the loss is not finite"),
     "a disk that fills up": (torch, "save", 2, half_saved, "is the disk full"),
     "full memory": (clip, "train_step", 9, full_memory, "; --resume --micro-batch 64 goes on"),
 }
@@ -1923,7 +2111,7 @@ def test_files_that_would_run_code_are_refused_and_do_not():
 
 
 # For each setting of a recipe, in their order, a value that makes no sense.
-ODD_SETTINGS = 0, 1, -1, math.nan, math.inf, 2.0, 0, 0, 1.0, 1.0, 1.5, -1
+ODD_SETTINGS = 0, 1, -1, math.nan, math.inf, 2.0, 2, 0, 0.0, 1.5, 1.0, 0, 1.0, 1.5, -0.5, 1.0, 1.0, 1.5, -1
 
 
 def test_a_recipe_refuses_every_setting_that_makes_no_sense():
@@ -2035,7 +2223,7 @@ def test_a_whole_training_step_keeps_the_gpu_at_matrix_products(B, r, dropout):
     model, step = whole_step(B, r, dropout, PRESETS["ViT-B/16"], device)
     with FlopCounterMode(display=False) as counter:  # matrix products and attention, forth and back
         step(0)
-    clip.compile_parts(model)
+    data.compile_parts(model, (clip.VisionEmbeddings, clip.Block))
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     seconds = median_seconds(step)
