@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from data import RANK, WORLD_SIZE, InputError, is_main_process, setting, wait_for_all
+from data import RANK, WORLD_SIZE, InputError, gather, is_main_process, setting, wait_for_all
 
 # --- Configuration ---------------------------------------------------------------------------------------
 
@@ -335,18 +335,18 @@ def init_weights(model):
 # --- Loss and recall -------------------------------------------------------------------------------------
 
 
-def contrastive_loss(logits_per_image, smoothing=0.0):
+def contrastive_loss(logits_per_image):
     """Mean of two cross-entropies over logits (B, B), a scalar: a row asks which caption fits its photo, a
     column which photo fits its caption, and the diagonal is right. Chance is ln B, 4.85 for 128."""
     if logits_per_image.shape != (len(logits_per_image),) * 2:
         raise ValueError(f"logits_per_image is {tuple(logits_per_image.shape)}, where (B, B) is needed")
     labels = torch.arange(len(logits_per_image), device=logits_per_image.device)
-    loss_image = F.cross_entropy(logits_per_image.float(), labels, label_smoothing=smoothing)
-    loss_text = F.cross_entropy(logits_per_image.float().T, labels, label_smoothing=smoothing)
+    loss_image = F.cross_entropy(logits_per_image.float(), labels)
+    loss_text = F.cross_entropy(logits_per_image.float().T, labels)
     return (loss_image + loss_text) / 2
 
 
-def multiview_loss(model, image_embeds, text_embeds, smoothing=0.0):
+def multiview_loss(model, image_embeds, text_embeds):
     """V crops (B, V, E) and K captions (B, K, E) of B photos: (loss, pair_loss), scalars. pair_loss is the
     mean of contrastive_loss over all V K ways to pair a crop with a caption: with one of each, CLIP's loss.
     The loss adds that over pairs of crops (SLIP, arXiv:2112.12750) and of captions, where there are any."""
@@ -354,7 +354,7 @@ def multiview_loss(model, image_embeds, text_embeds, smoothing=0.0):
     def mean_loss(pairs):
         one, other = zip(*pairs)  # n times (B, E) each
         logits = model.similarity(torch.stack(one), torch.stack(other))  # (n, B, B)
-        return torch.vmap(partial(contrastive_loss, smoothing=smoothing))(logits).mean()
+        return torch.vmap(contrastive_loss)(logits).mean()
 
     crops, captions = image_embeds.unbind(1), text_embeds.unbind(1)  # V and K times (B, E)
     loss = pair_loss = mean_loss(product(crops, captions))
@@ -387,17 +387,10 @@ def recall_at_k(similarity, caption_owner, ks=(1, 5, 10)):
 # --- Evaluation ------------------------------------------------------------------------------------------
 
 
-def half(device):
-    """The type of matrix products on CUDA: bf16, which has fp32's range, or fp16 where there is none (T4,
-    P100) and the loss is scaled to keep gradients in range (openai/CLIP #40). Elsewhere None: fp32."""
-    if device.type != "cuda":
-        return None
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
 def autocast(device):
-    """Matrix products in 16 bits, where half gives a type for them. CUDA graphs forbid autocast's cache."""
-    return torch.autocast(device.type, half(device), half(device) is not None, cache_enabled=False)
+    """Matrix products in 16 bits on CUDA (data.half). CUDA graphs forbid autocast's cache."""
+    half = data.half(device)
+    return torch.autocast(device.type, half, half is not None, cache_enabled=False)
 
 
 @torch.no_grad()
@@ -440,7 +433,7 @@ def evaluate(model, split):
 class Recipe:
     """How to train: the defaults are for some thousand photos and a ViT-B/16. InputError for odd values."""
 
-    epochs: int = setting(50, 1, 1e6, "passes over the photos, less those that fill no whole batch")
+    epochs: int = setting(40, 1, 1e6, "passes over the photos, less those that fill no whole batch")
     batch_size: int = setting(128, 2, 1e6, "photos in a step, on all GPUs together")
     micro_batch: int = setting(0, 0, 1e6, "photos that a GPU embeds at once, with all crops; 0 is all")
     lr: float = setting(1e-3, 0, 1e3, "peak learning rate")
@@ -449,7 +442,7 @@ class Recipe:
     muon: int = setting(1, 0, 1, "1: Muon trains the matrices of the blocks, 0: AdamW trains all")
     # A small set of photos is soon learnt by heart. It helps to show each in another way every time: cropped,
     views: int = setting(4, 1, 1e3, "crops of a photo in a step, all positives (drawn scenes aren't cropped)")
-    crop: float = setting(0.2, 0.01, 1, "smallest share of a photo that a crop shows")
+    crop: float = setting(0.1, 0.01, 1, "smallest share of a photo that a crop shows")
     # in another light,
     colour: float = setting(0.8, 0, 1, "largest change of a crop's brightness, contrast and saturation")
     # with gaps, so that four crops cost as much as one photo,
@@ -461,8 +454,6 @@ class Recipe:
     delete_spans: float = setting(0.4, 0, 1, "share of the captions that lose some words in a row")
     swap_halves: float = setting(0.3, 0, 1, "share of the captions whose two halves change places")
     replace_words: float = setting(0.3, 0, 0.99, "share of a caption's words that others replace")
-    # Captions of other photos may fit as well: not all of the answer is asked for.
-    label_smoothing: float = setting(0.1, 0, 0.99, "share of the answer that is spread over all pairs")
     # As a falling lr does, a mean takes the noise out of the weights, but while lr is still high.
     ema: float = setting(0.999, 0, 1, "largest decay of the weights' running mean, which is kept; 0: none")
     seed: int = setting(0, 0, 1e9, "of weights, batches and crops")
@@ -471,11 +462,10 @@ class Recipe:
         data.check_settings(self)
 
 
-SAVE_SECONDS = 20  # between checkpoints: those of large models take some seconds
 # CLIP as it was published: one crop and one caption of a photo, as they are, and the last weights.
-PLAIN = dict(views=1, crop=0.4, colour=0.0, patch_dropout=0.0, captions=1, label_smoothing=0.0, ema=0.0)
+PLAIN = dict(views=1, crop=0.4, colour=0.0, patch_dropout=0.0, captions=1, ema=0.0)
 PLAIN |= dict(delete_words=0.0, delete_spans=0.0, swap_halves=0.0, replace_words=0.0)
-DRAWN_RECIPE = Recipe(epochs=6, **PLAIN)  # a small model for a small world
+DRAWN_RECIPE = Recipe(epochs=6, lr=1.5e-3, weight_decay=0.3, **PLAIN)  # a small model for a small world
 
 
 def trained_weights(model):
@@ -528,14 +518,11 @@ def make_optimizers(model, recipe):
             blocks.setdefault(p.shape, []).append(p)
         else:
             (matrices if p.ndim >= 2 and "embedding" not in name else others).append(p)
-    groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    adamw = torch.optim.AdamW(groups, recipe.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
-    if not blocks:
-        return [adamw]
-    return [Muon([{"params": same} for same in blocks.values()], recipe.lr, recipe.weight_decay), adamw]
+    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    decay = recipe.weight_decay
+    adamw = torch.optim.AdamW(groups, recipe.lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=decay, fused=True)
+    shapes = [{"params": same} for same in blocks.values()]
+    return [Muon(shapes, recipe.lr, decay), adamw] if shapes else [adamw]
 
 
 def learning_rate(step, steps, peak, warmup):
@@ -567,11 +554,8 @@ def train_step(model, optimizers, scaler, split, pairs, recipe, step, steps):
     # This process's share, in micro-batches (in the plain case one), each with a seed of its own.
     parts = pairs.chunk(WORLD_SIZE)[RANK].split(recipe.micro_batch or len(pairs))
     seed = (recipe.seed << 32) + (step * WORLD_SIZE + RANK) * len(parts)
-
-    def encode(i):
-        return encode_pairs(model, split, parts[i], recipe, seed + i)
-
-    loss = backward(model, encode, len(parts), recipe.label_smoothing, scaler)
+    encode = [partial(encode_pairs, model, split, part, recipe, seed + i) for i, part in enumerate(parts)]
+    loss = backward(model, encode, scaler)
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # one odd batch can't throw the model far
@@ -604,10 +588,9 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
     model.vision_model.embeddings.patch_dropout = recipe.patch_dropout
     optimizers = make_optimizers(model, recipe)
     device = model.logit_scale.device
-    scaler = torch.amp.GradScaler(device.type, enabled=half(device) == torch.float16)  # for fp16
+    scaler = torch.amp.GradScaler(device.type, enabled=data.half(device) == torch.float16)
     averaged = copy.deepcopy(model) if recipe.ema else model
-    weights = trained_weights(model), trained_weights(averaged)
-    state = data.new_state(model.config, recipe, splits, *weights)
+    state = data.new_state(model.config, recipe, splits, trained_weights(model), trained_weights(averaged))
     if resume:
         data.load_state(run_dir, state, optimizers)
     if compile:
@@ -640,11 +623,7 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
         scale, lr = model.logit_scale.exp().item(), optimizers[0].param_groups[0]["lr"]
         row |= {"lr": lr, "logit_scale": scale, "minutes": state["seconds"] / 60}
         data.add_epoch(state, row, recipe)
-        if is_main_process():
-            data.write_csv(Path(run_dir) / "log.csv", state["history"])
-            if epoch + 1 == recipe.epochs or time.perf_counter() - saved > SAVE_SECONDS:
-                data.save_checkpoint(run_dir, state, optimizers)
-                saved = time.perf_counter()
+        saved = data.save_progress(run_dir, state, optimizers, saved, epoch + 1 == recipe.epochs)
     wait_for_all()  # what process 0 wrote is there now
     return state["history"]
 
@@ -652,14 +631,13 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
 # --- Many pairs and many GPUs ----------------------------------------------------------------------------
 
 
-def backward(model, encode, micro_batches, smoothing, scaler):
+def backward(model, encode, scaler):
     """Leaves the gradient of multiview_loss over the pairs of all processes in the parameters; returns
-    pair_loss. encode(i): the embeddings of micro-batch i, the same each time (encode_pairs)."""
-    if micro_batches == 1:  # the plain case
-        image_embeds, text_embeds = encode(0)
-        loss, pair_loss = multiview_loss(
-            model, data.gather(image_embeds), data.gather(text_embeds), smoothing
-        )
+    pair_loss. encode: for each micro-batch a function without arguments that returns its embeddings, the same
+    each time (encode_pairs)."""
+    if len(encode) == 1:  # the plain case
+        image_embeds, text_embeds = encode[0]()
+        loss, pair_loss = multiview_loss(model, gather(image_embeds), gather(text_embeds))
         scaler.scale(loss).backward()
     else:
         # Every pair meets every other in the loss, but the towers need not hold all at once: gradient caching
@@ -668,18 +646,17 @@ def backward(model, encode, micro_batches, smoothing, scaler):
             p.grad = torch.zeros_like(p)  # adds up here: a CUDA graph overwrites the gradients it gave
         # 1. Embed all pairs, and keep no graph: that is what fills the memory.
         with torch.no_grad():
-            images, texts = zip(*[encode(i) for i in range(micro_batches)])
+            images, texts = zip(*[embeddings() for embeddings in encode])
         image_embeds, text_embeds = torch.cat(images).requires_grad_(), torch.cat(texts).requires_grad_()
         # 2. The loss is a function of the embeddings alone: compute it, and its gradient for each of them.
-        loss, pair_loss = multiview_loss(
-            model, data.gather(image_embeds), data.gather(text_embeds), smoothing
-        )
+        loss, pair_loss = multiview_loss(model, gather(image_embeds), gather(text_embeds))
         scaler.scale(loss).backward()
         # 3. Embed each micro-batch again, now with a graph, and send its part of that gradient through it.
         sizes = [len(part) for part in images]
-        for i, gradients in enumerate(zip(image_embeds.grad.split(sizes), text_embeds.grad.split(sizes))):
+        gradients = zip(image_embeds.grad.split(sizes), text_embeds.grad.split(sizes))
+        for embeddings, gradient in zip(encode, gradients):
             # The gradient of sum(x g) is g dx: the chain rule.
-            sum((x * g).sum() for x, g in zip(encode(i), gradients)).backward()
+            sum((x * g).sum() for x, g in zip(embeddings(), gradient)).backward()
     data.average_gradients(model)
     return pair_loss.detach()
 
@@ -732,7 +709,7 @@ def run(args):
     torch.manual_seed(recipe.seed)  # the same weights in every process
     model = CLIP(replace(config, causal=args.text == "causal", **words)).to(device)
     compile = args.compile and device.type == "cuda"
-    data.print_start(model, splits, recipe, device, half(device), compile)
+    data.print_start(model, splits, recipe, device, compile)
     history = train(model, splits, recipe, args.out, args.resume, compile)
     if is_main_process():
         finish(model, splits, history, recipe.seed, args.out)

@@ -25,6 +25,7 @@ import shutil
 import signal
 import sys
 import textwrap
+import time
 import warnings
 import zipfile
 import zlib
@@ -870,6 +871,7 @@ def draw_inside(path, split, before, after, model, count=16):
 # --- Checkpoints -------------------------------------------------------------------------------------
 
 CHECKPOINT = "checkpoint.pt"
+SAVE_SECONDS = 20
 
 
 def new_state(config, recipe, splits, trained, mean):
@@ -900,6 +902,18 @@ def save_checkpoint(run_dir, state, optimizers):
     """Writes all that a run is: new_state, and what its optimizers remember."""
     with atomic(Path(run_dir) / CHECKPOINT) as temporary:
         torch.save({**state, "optimizers": [each.state_dict() for each in optimizers]}, temporary)
+
+
+def save_progress(run_dir, state, optimizers, saved, is_last):
+    """Writes the log of a run, and a checkpoint if the last is 20 seconds old (`saved` is its time: those of
+    large models take some seconds) or the run ends. Returns the time of the last."""
+    if not is_main_process():
+        return saved
+    write_csv(Path(run_dir) / "log.csv", state["history"])
+    if not is_last and time.perf_counter() - saved < SAVE_SECONDS:
+        return saved
+    save_checkpoint(run_dir, state, optimizers)
+    return time.perf_counter()
 
 
 def load_checkpoint(run_dir):
@@ -952,9 +966,8 @@ def describe(row):
     ).format(**row)
 
 
-def print_start(model, splits, recipe, device, half=None, compile=False):
-    """The opening block: device, size, data, steps, and the losses of a model that knows nothing. half: the
-    type of matrix products, if it isn't fp32."""
+def print_start(model, splits, recipe, device, compile=False):
+    """The opening block: device, size, data, steps, and the losses of a model that knows nothing."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     vision, text, everything = (
         f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"
@@ -962,11 +975,8 @@ def print_start(model, splits, recipe, device, half=None, compile=False):
     )
     steps = recipe.epochs * (len(splits["train"].photos) // recipe.batch_size)
     group = min(64, len(splits["val"].photos))
-    print(
-        f"device    {WORLD_SIZE} x {name}, {half or torch.float32}{', compiled' if compile else ''}".replace(
-            "torch.", ""
-        )
-    )
+    kind = str(half(device) or torch.float32).removeprefix("torch.")
+    print(f"device    {WORLD_SIZE} x {name}, {kind}{', compiled' if compile else ''}")
     print(f"model     vision {vision} + text {text} + projections = {everything} parameters")
     for split, part in splits.items():
         print(f"{split:10s}{len(part.photos):,} photos, {len(part.captions):,} captions")
@@ -1057,6 +1067,14 @@ def open_device(name):
         if not is_main_process():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open
     return device
+
+
+def half(device):
+    """The type of matrix products on CUDA: bf16, which has fp32's range, or fp16 where there is none (T4,
+    P100) and the loss is scaled to keep gradients in range (openai/CLIP #40). Elsewhere None: fp32."""
+    if device.type != "cuda":
+        return None
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 # --- Speed: changes no number but by rounding --------------------------------------------------------

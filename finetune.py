@@ -168,7 +168,7 @@ def insert(model, recipe):
         lora.add_lora(model, recipe.r, recipe.alpha, recipe.dropout, recipe.targets)
     except ValueError as error:
         raise InputError(str(error)) from error
-    half = clip.half(model.logit_scale.device)
+    half = data.half(model.logit_scale.device)
     if half:
         # Autocast rounds frozen matrices to 16 bits for each product. Rounded once they need no fp32 copy.
         for module in model.modules():
@@ -388,7 +388,7 @@ def run(args):
             insert(CLIP(c), recipe)
     data.save_tokenizer(tokenizer, args.out)
     compile = args.compile and device.type == "cuda"
-    data.print_start(base, splits, recipe, device, clip.half(device), compile)
+    data.print_start(base, splits, recipe, device, compile)
     judged = {name: split for name, split in splits.items() if name != "train"} | own_data(args.base, c)
     zero_shot = judge(base, "zero-shot", judged)
     recipes = recipes_of(args, base_loss=round(zero_shot["val loss"], 3))
