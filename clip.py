@@ -5,7 +5,7 @@
 """CLIP in one file: two transformers that learn to put a photo and its caption at the same place.
 
     python clip.py --data shapes     drawn scenes, nothing downloaded: about a minute on two CPU cores
-    python clip.py --epochs 55       ViT-B/16 from scratch on Flickr30k, on a GPU (55 is the default)
+    python clip.py --epochs 55       ViT-B/16 from scratch on Flickr30k, on a GPU (40 is the default)
 
 Radford et al. 2021, arXiv:2103.00020. Module names are Hugging Face's: released weights load unchanged.
 Shapes: N photos, M captions of a split; B photos in a batch, V crops and K captions of each, S x S pixels, T
@@ -271,8 +271,7 @@ class CLIP(nn.Module):
         return F.normalize(self.text_projection(self.text_model(ids)).float(), dim=-1)
 
     def similarity(self, image_embeds, text_embeds):
-        """exp(logit_scale) x cosine, (..., B, E), (..., B', E) to (..., B, B'). In fp32: near 100 bf16 has
-        steps of 0.5."""
+        """exp(logit_scale) x cosine, (..., B, E), (..., B', E) to (..., B, B'). Near 100 bf16 is coarse."""
         with torch.autocast(image_embeds.device.type, enabled=False):
             return self.logit_scale.exp() * image_embeds @ text_embeds.mT
 
@@ -587,8 +586,7 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
     steps = recipe.epochs * steps_per_epoch
     model.vision_model.embeddings.patch_dropout = recipe.patch_dropout
     optimizers = make_optimizers(model, recipe)
-    device = model.logit_scale.device
-    scaler = torch.amp.GradScaler(device.type, enabled=data.half(device) == torch.float16)
+    scaler = torch.amp.GradScaler(enabled=data.half(model.logit_scale.device) == torch.float16)
     averaged = copy.deepcopy(model) if recipe.ema else model
     state = data.new_state(model.config, recipe, splits, trained_weights(model), trained_weights(averaged))
     if resume:
@@ -633,8 +631,7 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
 
 def backward(model, encode, scaler):
     """Leaves the gradient of multiview_loss over the pairs of all processes in the parameters; returns
-    pair_loss. encode: for each micro-batch a function without arguments that returns its embeddings, the same
-    each time (encode_pairs)."""
+    pair_loss. encode: for each micro-batch a function that returns its embeddings, the same each time."""
     if len(encode) == 1:  # the plain case
         image_embeds, text_embeds = encode[0]()
         loss, pair_loss = multiview_loss(model, gather(image_embeds), gather(text_embeds))

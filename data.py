@@ -4,7 +4,8 @@ stands what is no part of CLIP: pictures and reports of a run, and what a comman
 `load` returns the splits train, val and perhaps test: all photos as one uint8 array, all captions as one of
 ids. A batch is two look-ups and an `augment`; there are no workers.
 
-Shapes: N photos, M captions of a split; B photos in a batch, S x S pixels, T tokens, G x G patches.
+Shapes: N photos, M captions of a split; B photos in a batch, V crops of each, S x S pixels, T tokens,
+G x G patches.
 """
 
 import argparse
@@ -158,18 +159,15 @@ def augment(photos, size, recipe, ratio=(3 / 4, 4 / 3)):
     """uint8 (B, S, S, 3) to normalised (B V, 3, size, size): recipe.views random crops of each photo, of
     recipe.crop of its area or more, with sides in `ratio` (less where it would stick out), mirrored or not,
     in another light (recolour, by recipe.colour); on the photos' device, for all at once."""
-    views = recipe.views
-    B, device = len(photos), photos.device
+    B, V, device = len(photos), recipe.views, photos.device
 
     # Sides of each crop as shares of the photo's: width * height = area, width / height = aspect. The
     # logarithm of the aspect is uniform, so that 3:4 is as likely as 4:3.
-    area = torch.empty(B * views, device=device).uniform_(recipe.crop, 1)
-    aspect = torch.empty(B * views, device=device).uniform_(*np.log(ratio)).exp()
+    area = torch.empty(B * V, device=device).uniform_(recipe.crop, 1)
+    aspect = torch.empty(B * V, device=device).uniform_(*np.log(ratio)).exp()
     width = (area * aspect).sqrt().clamp(max=1)
     height = (area / aspect).sqrt().clamp(max=1)
-    mirror = (
-        torch.randint(2, (B * views,), device=device) * 2 - 1
-    )  # 1 or -1, which is read from right to left
+    mirror = torch.randint(2, (B * V,), device=device) * 2 - 1  # 1 or -1, which is read from right to left
 
     # The photo reaches from -1 to 1, as grid_sample wants it. A crop of half the width may then have its
     # centre up to 1/2 from the middle, and one of the whole width stays there.
@@ -178,16 +176,16 @@ def augment(photos, size, recipe, ratio=(3 / 4, 4 / 3)):
 
     # Where output pixel (x, y) comes from. `pixels` are the middles of `size` pixels between -1 and 1.
     pixels = (torch.arange(size, device=device) * 2 + 1) / size - 1
-    x = centre_x[:, None] + pixels * (width * mirror)[:, None]  # (B views, size)
-    y = centre_y[:, None] + pixels * height[:, None]  # (B views, size)
+    x = centre_x[:, None] + pixels * (width * mirror)[:, None]  # (B V, size)
+    y = centre_y[:, None] + pixels * height[:, None]  # (B V, size)
     x, y = torch.broadcast_tensors(x[:, None, :], y[:, :, None])
-    grid = torch.stack([x, y], dim=-1)  # (B views, size, size, 2)
+    grid = torch.stack([x, y], dim=-1)  # (B V, size, size, 2)
 
     # The crops of a photo one below the other, so that each photo is read once.
     photos = (photos / 255).permute(0, 3, 1, 2).contiguous()  # (B, 3, S, S)
-    grid = grid.view(B, views * size, size, 2)
+    grid = grid.view(B, V * size, size, 2)
     crops = F.grid_sample(photos, grid, padding_mode="border", align_corners=False)
-    crops = crops.unflatten(2, (views, size)).transpose(1, 2).flatten(0, 1)  # (B views, 3, size, size)
+    crops = crops.unflatten(2, (V, size)).transpose(1, 2).flatten(0, 1)  # (B V, 3, size, size)
     if recipe.colour:
         crops = recolour(crops, recipe.colour)
     mean, std = torch.tensor([MEAN, STD]).to(device, non_blocking=True)[:, :, None, None]
@@ -196,7 +194,7 @@ def augment(photos, size, recipe, ratio=(3 / 4, 4 / 3)):
 
 def vary_captions(ids, config, recipe):
     """Other sentences of the words in ids (n, T), `<start> words <end> padding` each, by the recipe's shares:
-    halves change places, words are left out, alone or in a row, or replaced (as in Wei & Zou 2019,
+    halves change places, words are left out, alone or in a row, or replaced (after Wei & Zou 2019,
     arXiv:1901.11196)."""
     (n, T), end, device = ids.shape, config.eos_token_id, ids.device
     place = torch.arange(T - 1, device=device)  # of a word
