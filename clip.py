@@ -285,7 +285,7 @@ class CLIP(nn.Module):
 def sines(places, C):
     """Sines and cosines of places (T,) at C / 2 wavelengths, (T, C): at neighbouring places they are alike
     (Vaswani et al. 2017, 3.5)."""
-    angles = places[:, None] * 10_000 ** -torch.linspace(0, 1, C // 2)
+    angles = places[:, None] * 10_000 ** -(torch.arange(C // 2) / (C // 2 - 1))
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
@@ -303,10 +303,9 @@ def init_weights(model):
                 std = {"fc1": (2 * config.hidden_size) ** -0.5, "fc2": outer}.get(name.split(".")[-1], inner)
                 nn.init.normal_(module.weight, std=std)
                 nn.init.zeros_(module.bias)
-        for block in tower.encoder.layers:
+        for attention in [block.self_attn for block in tower.encoder.layers]:
             # A token looks at those like it, k = q, and takes their mean away, out = -v transposed (mimetic
             # initialisation: Trockman & Kolter 2023, arXiv:2305.09828, whose singular values aren't needed).
-            attention = block.self_attn
             attention.k_proj.weight.copy_(attention.q_proj.weight)
             attention.out_proj.weight.copy_(attention.v_proj.weight.T * -outer / inner)
 
@@ -368,7 +367,8 @@ def recall_at_k(similarity, caption_owner, ks=(1, 5, 10)):
     """Retrieval recall as published for Flickr30k: {"t2i_r1": fraction, ..., "i2t_r1": fraction, ...}.
     similarity (photos, captions); caption_owner (captions,): the photo that each caption describes. Text to
     image: how often a caption's photo is among its k best; image to text: how often any of its captions is.
-    A tie counts against the model, and so does NaN: constant similarities score 0, not 100 %.
+    Against the model count ties and NaN (constant similarities score 0, not 100 %), a photo without captions,
+    and, where two photos have a caption, the other one: it fits, but only owners are known.
     """
     photos, captions = similarity.shape
     if not 0 <= caption_owner.min() <= caption_owner.max() < photos:
@@ -379,6 +379,7 @@ def recall_at_k(similarity, caption_owner, ks=(1, 5, 10)):
     # The rank of the right answer is the number of wrong ones that are not strictly below it.
     text_rank = (~(similarity < right_photo) & ~own).sum(dim=0)  # (captions,)
     image_rank = (~(similarity < best_caption[:, None]) & ~own).sum(dim=1)  # (photos,)
+    image_rank += max(ks) * ~own.any(dim=1)  # a photo without captions is no hit
     recall = {f"t2i_r{k}": (text_rank < k).float().mean().item() for k in ks}
     return recall | {f"i2t_r{k}": (image_rank < k).float().mean().item() for k in ks}
 
@@ -538,8 +539,7 @@ def encode_pairs(model, split, pairs, recipe, seed):
     device, size = model.logit_scale.device, model.config.image_size
     pixels = split.take(pairs[:, 0], device)  # (B, S, S, 3)
     # Photos are stored with a margin for crops. Drawn scenes are not: a crop makes "left" and "large" wrong.
-    crop = pixels.shape[1] > size
-    pixels = data.augment(pixels, size, recipe) if crop else data.normalize(pixels)
+    pixels = data.augment(pixels, size, recipe) if pixels.shape[1] > size else data.normalize(pixels)
     ids = split.tokens(pairs[:, 1:].flatten(), device, cut=True)  # (B K, T)
     ids = data.vary_captions(ids, model.config, recipe)
     with autocast(device):
@@ -600,20 +600,19 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
     for epoch in range(len(state["history"]), recipe.epochs):
         start, total = time.perf_counter(), 0.0
         pairs = split.pairs(recipe.seed, epoch, recipe.captions)  # (N, 1 + K)
-        for i in range(steps_per_epoch):
+        for i, batch in enumerate(pairs[: steps_per_epoch * B].split(B)):
             step = epoch * steps_per_epoch + i
-            batch = pairs[i * B : (i + 1) * B]
             loss = train_step(model, optimizers, scaler, split, batch, recipe, step, steps)
             if recipe.ema:
                 update_mean(state["last"], state["trained"], step, recipe.ema)  # the weights of `averaged`
             total += loss
-            if (step + 1) % max(1, steps // 40) == 0:  # about 40 lines for a run of any length
+            if (step + 1) % max(10, steps // 40) == 0:  # some 40 lines for a long run
                 loss = loss.item()  # waits for the GPU, so before the clock
                 scale = model.logit_scale.exp().item()
                 rate = (i + 1) / (time.perf_counter() - start)
                 data.print_step(recipe, step, steps, loss, optimizers[0].param_groups[0]["lr"], scale, rate)
 
-        row = {"epoch": epoch + 1, "train_loss": float(total) / steps_per_epoch}
+        row = {"epoch": epoch + 1, "train_loss": float(total) / steps_per_epoch, "train_chance": math.log(B)}
         row |= evaluate(averaged, splits["val"])
         if not math.isfinite(row["train_loss"] + row["loss"]):
             raise InputError("the loss is not finite: start a new run with a lower --lr or a longer --warmup")
@@ -701,6 +700,7 @@ def run(args):
     # A resumed run has its tokenizer: "train" would train another one.
     tokenizer = own if args.resume and own.exists() else args.tokenizer
     splits, tokenizer = data.open_data(args, device, tokenizer, config)
+    recipe = replace(recipe, batch_size=args.batch_size)  # smaller where there are fewer photos
     data.save_tokenizer(tokenizer, args.out)
     words = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
     torch.manual_seed(recipe.seed)  # the same weights in every process

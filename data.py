@@ -12,6 +12,7 @@ import argparse
 import atexit
 import copy
 import csv
+import filecmp
 import functools
 import gc
 import hashlib
@@ -27,6 +28,7 @@ import signal
 import sys
 import textwrap
 import time
+import unicodedata
 import warnings
 import zipfile
 import zlib
@@ -34,7 +36,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -46,6 +48,12 @@ from PIL import Image, ImageChops, ImageDraw, ImageOps
 
 class InputError(ValueError):
     """What the user gave can't be used. The message is one line: what is wrong, and what to do."""
+
+
+def warn(text):
+    """Prints a warning once, whatever the number of processes."""
+    if is_main_process():
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def in_words(error):
@@ -120,10 +128,12 @@ def make_split(names, photos, sentences, tokenizer, context, source=""):
 
 
 def fingerprint(splits):
-    """A number of the photos' names and the captions' tokens: the same wherever these lie."""
+    """A number of the photos' names and the captions' tokens: the same wherever these lie. Not of pixels,
+    which other versions of PIL decode a little differently."""
     number = 0
     for split in splits.values():
-        number = zlib.crc32(repr(split.names).encode(), number)
+        names = [name.rpartition("/")[2] for name in split.names]
+        number = zlib.crc32(repr(names).encode(), number)
         number = zlib.crc32(split.ids.numpy(), number)
     return number
 
@@ -248,31 +258,34 @@ def download(folder):
                 raise ValueError(f"{path} would unpack to more than 20 GiB: it is not the published file")
             archive.extractall(partial)  # drops `..` and absolute paths, makes no links
     except Exception as error:  # the hub's client has dozens of kinds
-        if not any(partial.rglob("*.zip*")):  # neither the photos nor a part of them, to go on with
-            shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, zipfile.BadZipFile) or not any(partial.rglob("*.incomplete")):
+            shutil.rmtree(partial, ignore_errors=True)  # nothing that the next start could go on with
         raise InputError(
             f"Flickr30k is not in ./{folder} and can't be fetched ({in_words(error)}): give your copy with "
-            f"--data DIR, try --data shapes, or delete {partial} first"
+            "--data DIR, or try --data shapes"
         ) from error
     path.unlink()
     os.replace(partial, folder)
 
 
-def load_flickr(captions_file, captions, image_size, cache, limit):
-    """Splits of what read_captions gave, with photos: {split: (names, photos, sentences of each)}."""
-    paths = find_photos(captions_file, captions)
+def load_folder(captions, paths, image_size, cache, limit=0):
+    """Splits of what read_captions and find_photos gave: {split: (names, photos, sentences of each)}."""
+    parts = {"train": {}, "val": {}, "test": {}}
+    for name, path in paths.items():
+        parts[captions[name][0]][name] = path
+    if limit:
+        parts["train"] = dict(itertools.islice(parts["train"].items(), limit))
+    for split in ("train", "val"):
+        if not parts[split]:
+            raise InputError(f"there are no {split} photos: too few, or the captions file's splits lack it")
+
     splits = {}
-    for split in ("train", "val", "test"):
-        chosen = {name: path for name, path in paths.items() if captions[name][0] == split}
-        if split == "train" and limit:
-            chosen = dict(itertools.islice(chosen.items(), limit))
+    for split, chosen in parts.items():
         if chosen:
             # Training photos have a margin for crops: 256 pixels for the 224 of ViT-B/16.
             size = image_size * 8 // 7 if split == "train" else image_size
             names, photos = photo_store(chosen, size, cache)
             splits[split] = names, photos, [captions[name][1] for name in names]
-        elif split != "test":
-            raise InputError(f"{captions_file} has no {split} photos, too few? dataset_*.json can name them")
     return splits
 
 
@@ -285,7 +298,8 @@ def load(name, tokenizer, image_size, context=77, cache="cache", limit=0):
 
     # What needs no time comes first: a wrong folder or tokenizer is said before photos are decoded.
     if name not in DRAWN:
-        captions_file, captions = read_captions(name)
+        _, captions = read_captions(name)
+        paths = find_photos(name, captions)
     if tokenizer != "train":
         tokenizer = load_tokenizer(tokenizer)
 
@@ -293,7 +307,7 @@ def load(name, tokenizer, image_size, context=77, cache="cache", limit=0):
         sizes = {"val": 500, "test": 500, "train": limit or DRAWN[name]}
         parts = load_drawn(sizes, image_size, name == "sketches")
     else:
-        parts = load_flickr(captions_file, captions, image_size, cache, limit)
+        parts = load_folder(captions, paths, image_size, cache, limit)
 
     if tokenizer == "train":
         _, _, sentences = parts["train"]
@@ -305,7 +319,121 @@ def load(name, tokenizer, image_size, context=77, cache="cache", limit=0):
     return splits, tokenizer
 
 
+# --- Files -------------------------------------------------------------------------------------------
+
+
+def is_leftover(path):
+    """Whether a file or folder is what systems and editors leave behind, and so neither data nor a photo."""
+    name = Path(path).name.lower()
+    return name.startswith(".") or name in ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir")
+
+
+def files_below(folder, entered=()):
+    """The files in a folder and in all below it, in order, without leftovers, pipes and circles of links."""
+    entered = {*entered, Path(folder).resolve()}
+    for path in sorted(Path(folder).iterdir()):
+        if path.is_file() and not is_leftover(path):
+            yield path
+        elif path.is_dir() and not is_leftover(path) and path.resolve() not in entered:
+            yield from files_below(path, entered)
+
+
+def decode_text(content):
+    """Bytes to (text, encoding): UTF-8, UTF-16 with its mark, or Windows' cp1252. ValueError with line and
+    byte for anything else, also UTF-8 with a damaged byte, which cp1252 would turn into other letters."""
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return content.decode("utf-16"), "UTF-16"
+    content = content.removeprefix(b"\xef\xbb\xbf")
+    try:
+        return content.decode(), "UTF-8"
+    except UnicodeDecodeError as error:
+        line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
+    text = content.decode("cp1252", errors="replace")
+    letters = len(re.findall(r"[^\x00-\x7f]", text))  # few in what Western languages write
+    if "\ufffd" in text or letters > 0.1 * len(text) or not content.decode(errors="ignore").isascii():
+        raise ValueError(f"byte 0x{byte:02x} in line {line} is neither UTF-8 nor Windows' cp1252")
+    return text, "cp1252"
+
+
 # --- Captions ----------------------------------------------------------------------------------------
+
+TABLES = ".csv", ".tsv", ".txt", ".jsonl", ".token"
+PHOTO = "image", "photo", "name", "file_name", "filename", "filepath", "file_path", "path"
+PHOTO += "image_name", "image_path"
+CAPTION = "caption", "captions", "text", "title", "sentence", "comment", "raw"
+# How files begin that may have no header: Kaggle's results.csv, and the original *.token.
+KAGGLE, TOKEN = r"[^|]+\|\s*\d+\s*\|", r"[^\t]+#\d+\t"
+
+
+def column(header, known):
+    """The column that has one of the known names, or None. ValueError where two have."""
+    found = [name for name in header if name in known]
+    if len(found) > 1:
+        raise ValueError(f"its column {found[0]} may be meant, or {found[1]}")
+    return found[0] if found else None
+
+
+def split_header(text):
+    """(delimiter, columns) of a table by its first line. ValueError if it has no photos and captions."""
+    first = text.split("\n", 1)[0].strip()
+    if re.match(KAGGLE, first):
+        return "|", ["image_name", "comment_number", "comment"]
+    if re.match(TOKEN, first):
+        return "\t", ["image", "caption"]
+    if first.startswith("{"):
+        return "{", list(json.loads(first))
+    for delimiter in ",\t;|":
+        header = [name.strip(' "').lower().replace(" ", "_") for name in first.split(delimiter)]
+        if column(header, PHOTO) and column(header, CAPTION):
+            return delimiter, header
+    raise ValueError(
+        f"it begins with {first[:60]!r}, not with a header as `image,caption` or `file_name,text`"
+    )
+
+
+def table_rows(text):
+    """(line, {column: cell}) of a table. ValueError for a row of more or fewer cells than the header: an
+    unquoted comma or a lost quote would cut a caption."""
+    delimiter, header = split_header(text)
+    if delimiter == "{":  # JSON has no line breaks within strings, so that these are the rows
+        yield from enumerate(json.loads(f"[{text.strip()}]".replace("\n", ",\n")), 1)
+        return
+
+    # Kaggle's and the original files know no quotes. One line of Kaggle's has lost its second bar:
+    # `2199200615.jpg| 4   A dog runs ...`.
+    plain = delimiter == "|" or re.match(TOKEN, text)
+    if delimiter == "|" and len(header) > 2:
+        text = re.sub(r"(?m)^([^|\n]+\|\s*\d+)\s([^|\n]*)$", r"\1|\2", text)
+    quoting = csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
+    try:
+        if not re.match(f"{KAGGLE}|{TOKEN}", text):
+            next(reader)
+        for cells in reader:
+            if plain and len(cells) > len(header):  # bars in a caption, which comes last, are its own
+                cells[len(header) - 1 :] = [delimiter.join(cells[len(header) - 1 :])]
+            if cells and len(cells) != len(header):
+                raise ValueError(f"line {reader.line_num} has {len(cells)} cells, the header {len(header)}")
+            if cells:
+                yield reader.line_num, dict(zip(header, cells))
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num}: {error}") from error
+
+
+def read_table(text):
+    """A table with a header: the hub's flickr_annotations_30k.csv (whose cells hold all captions of a photo,
+    as JSON), Kaggle's results.csv, Flickr8k's captions.txt, open_clip's `filepath,title`, metadata.csv and
+    metadata.jsonl of datasets' imagefolder, one's own."""
+    for number, row in table_rows(text):
+        photo, caption, split = column(row, PHOTO), column(row, CAPTION), column(row, ["split"])
+        if not photo or not caption or not str(row[photo]).strip():
+            raise ValueError(f"line {number} has no photo or no caption")
+        sentences = row[caption]
+        if not isinstance(sentences, list):
+            is_list = re.match(r"""\[\s*["']""", sentences or "")
+            sentences = json.loads(sentences) if is_list else [sentences]
+        # Some tables keep the `#0` of the original files.
+        yield re.sub(r"(\.\w+)#\d+$", r"\1", str(row[photo]).strip()), split and row[split], sentences
 
 
 def read_karpathy(text):
@@ -314,102 +442,91 @@ def read_karpathy(text):
         yield image["filename"], image["split"], [sentence["raw"] for sentence in image["sentences"]]
 
 
-def csv_rows(text):
-    """The rows of a CSV file, as dicts. An unquoted comma or a lost quote would cut a caption: ValueError or
-    csv.Error."""
-    for row in csv.DictReader(io.StringIO(text, newline=""), strict=True):
-        if None in row or None in row.values():  # DictReader's key for cells too many, its value for missing
-            raise ValueError(f"this row has more or fewer cells than the header: {[*row.values()][:2]}")
-        yield row
+def rank_of(path):
+    """How far behind others a captions file stands, or None for none: published splits come first."""
+    if path.match("dataset_*.json"):
+        return 0
+    if path.suffix.lower() not in TABLES or "lemma" in path.name:
+        return None  # Flickr8k.lemma.token.txt has the captions in basic forms of their words
+    try:
+        _, header = split_header(decode_text(path.read_bytes())[0])
+    except ValueError:
+        return None
+    return 1 if "split" in header else {"results.csv": 2, "captions.txt": 3}.get(path.name, 4)
 
 
-def read_hub(text):
-    """flickr_annotations_30k.csv of the hub's nlphuji/flickr30k, with columns raw (JSON), split, filename."""
-    for row in csv_rows(text):
-        yield row["filename"], row["split"], json.loads(row["raw"])
+def split_by_name(names):
+    """{name: split} of photos that no file puts into one. A photo's own name decides, whatever other photos
+    there are: 1 in 20 goes to val, 1 in 20 to test. Where that leaves fewer than two to validate on, the
+    tenth with the lowest hashes (two at least) goes to val."""
+    hashes = {name: int(hashlib.md5(name.rpartition("/")[2].encode()).hexdigest(), 16) for name in names}
+    splits = {name: {0: "val", 1: "test"}.get(hashes[name] % 20, "train") for name in names}
+    if list(splits.values()).count("val") < 2:
+        lowest = sorted(names, key=hashes.get)[: max(2, len(names) // 10)]
+        splits |= dict.fromkeys(lowest, "val")
+    return splits
 
 
-def read_kaggle(text):
-    """Kaggle's results.csv: lines `name.jpg| 0| caption`. One line of the published file has lost its second
-    bar (`2199200615.jpg| 4   A dog runs ...`), which this pattern forgives."""
-    # Not splitlines(), which would also cut at odd separators within a caption.
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    for i, line in enumerate(lines):
-        row = re.fullmatch(r"([^|]+)\|\s*\d+\s*\|?(.*)", line)
-        if row:
-            yield row[1].strip(), None, [row[2]]
-        elif i > 0:  # line 0 is a header
-            raise ValueError(f"this line is not `name.jpg| 0| caption`: {line[:60]!r}")
+def read_file(path):
+    """A captions file to ({photo: (split, captions)}, its encoding), in the order of the file. InputError for
+    a file that isn't whole, or of another form."""
+    photos = {}
+    try:
+        text, encoding = decode_text(path.read_bytes())
+        for name, split, sentences in (read_karpathy if path.suffix == ".json" else read_table)(text):
+            name = str(PurePosixPath(str(name).replace("\\", "/")))
+            split = split and {"restval": "train", "validation": "val", "dev": "val"}.get(split, split)
+            if split not in (None, "train", "val", "test"):
+                raise ValueError(f"{name} is put into {split!r}, which is none of train, val and test")
+            before, kept = photos.setdefault(name, (split, []))
+            if split != before:
+                raise ValueError(f"{name} is in {before} and in {split}")
+            kept += [" ".join(sentence.split()) for sentence in sentences if sentence and sentence.strip()]
+    except (LookupError, TypeError, AttributeError, RecursionError) as error:  # JSON, but of something else
+        raise InputError(f"{path} can't be read: it is built in another way than its name says") from error
+    except ValueError as error:
+        raise InputError(f"{path} can't be read: {in_words(error)}") from error
 
-
-def read_flickr8k(text):
-    """Flickr8k's captions.txt: a CSV with the header `image,caption`."""
-    for row in csv_rows(text):
-        yield row["image"], None, [row["caption"]]
-
-
-# A reader yields (photo, split or None, captions). Those that know the published split come first, and win.
-READERS = {
-    "dataset_*.json": read_karpathy,
-    "flickr_annotations_30k.csv": read_hub,
-    "results.csv": read_kaggle,
-    "captions.txt": read_flickr8k,
-}
-
-
-def find_captions(folder):
-    """(path, pattern in READERS) of the captions file in a folder or one deeper. InputError without any."""
-    for pattern in READERS:
-        for depth in ("", "*/"):
-            paths = sorted(Path(folder).glob(depth + pattern))
-            # Of Karpathy's three files, which come together, the one named like the folder.
-            alike = [path for path in paths if path.stem.removeprefix("dataset_") in str(folder)]
-            if paths:
-                return (alike or paths)[0], pattern
-    wrong = "no captions in it or one folder deeper" if Path(folder).is_dir() else "no such folder"
-    raise InputError(
-        f"--data {folder}: {wrong}; looked for {', '.join(READERS)}; {' and '.join(DRAWN)} need none"
-    )
-
-
-def split_of(name):
-    """Where no file says it, a photo's name decides its split, whatever other photos there are: 1 in 20 goes
-    to val, 1 in 20 to test."""
-    number = int(hashlib.md5(name.encode()).hexdigest(), 16) % 20
-    return {0: "val", 1: "test"}.get(number, "train")
+    photos = {name: part for name, part in photos.items() if part[1]}
+    by_name = split_by_name([name for name, (split, _) in photos.items() if split is None])
+    return {name: (split or by_name[name], own) for name, (split, own) in photos.items()}, encoding
 
 
 def read_captions(folder):
-    """The captions file in a folder or one deeper: (path, {name: (split, captions)}), photos and captions in
-    the order of the file. InputError for a file that isn't whole, or of another form."""
-    path, pattern = find_captions(folder)
-    photos = {}
-    try:
-        for name, split, sentences in READERS[pattern](path.read_text(encoding="utf-8-sig")):
-            _, kept = photos.setdefault(str(name), (split, []))
-            for sentence in sentences:
-                if sentence and sentence.strip():
-                    kept.append(" ".join(sentence.split()))
-    except KeyError as error:  # its text is the key, in quotes: a field of JSON, or a column
-        raise InputError(f"{path} can't be read as a {pattern}: {error} is missing in it") from error
-    except (TypeError, AttributeError, RecursionError) as error:  # JSON, but of something else
-        raise InputError(f"{path} can't be read as a {pattern}: it is built in another way") from error
-    except (ValueError, csv.Error) as error:
-        raise InputError(f"{path} can't be read as a {pattern}: {in_words(error)}") from error
+    """The captions file below a folder: (path, {name: (split, captions)}). Of several the first by rank_of
+    whose photos are there. InputError without any, and for two of a rank that say different things."""
+    if not Path(folder).is_dir():
+        raise InputError(f"--data {folder}: no such folder; {' and '.join(DRAWN)} need none")
+    files = list(files_below(folder))
+    ranks = {path: rank_of(path) for path in files}
+    ranked = sorted((path for path in files if ranks[path] is not None), key=ranks.get)
+    if not ranked:
+        tables = [path for path in files if path.suffix.lower() in TABLES]
+        for path in sorted(
+            tables, key=lambda path: (path.suffix.lower() == ".txt", "caption" not in path.name)
+        ):
+            read_file(path)  # says what is wrong with it
+        raise InputError(f"--data {folder}: no captions in it, neither dataset_*.json nor a table")
 
-    captions = {}
-    for name, (split, sentences) in photos.items():
-        if split is None:
-            split = split_of(name)
-        if split not in ("train", "restval", "val", "test"):
-            raise InputError(f"{path} puts {name} into {split!r}, which is none of train, val and test")
-        if split == "restval":  # Karpathy's name for more photos to train on
-            split = "train"
-        if sentences:
-            captions[name] = split, sentences
-    if not captions:
-        raise InputError(f"{path} holds no captions")
-    return path, captions
+    here = {bare(path.name) for path in files}
+    chosen, fit = None, (0, 0)
+    for path in ranked:
+        if chosen and fit[0] > 0.99 and ranks[path] > ranks[chosen]:
+            break
+        captions, encoding = read_file(path)
+        found = sum(bare(name) in here for name in captions)
+        # The share of its photos that are there; then their number, as Flickr30k has those of Flickr8k too.
+        fits = round(found / max(1, len(captions)), 2), found
+        if not chosen or fits > fit:
+            chosen, fit, best, said = path, fits, captions, encoding
+        elif (fits, ranks[path]) == (fit, ranks[chosen]) and captions != best:
+            both = f"{chosen} and {path} both hold captions, and not the same"
+            raise InputError(f"{both}: move one of them away, or make one file of both, with a column split")
+    if not best:
+        raise InputError(f"{chosen} holds no captions")
+    others = [str(path) for path in ranked if path != chosen]
+    print(f"captions  {chosen}, {said}" + (f"; not used: {', '.join(others)}" if others else ""))
+    return chosen, best
 
 
 # --- Photos ------------------------------------------------------------------------------------------
@@ -439,19 +556,75 @@ def load_photo(path, size):
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def find_photos(captions_file, names):
-    """{name: path} of photos beside the captions file or one folder deeper; of missing ones, any."""
-    for name in names:
-        if Path(name).name != name:
-            raise InputError(f"{captions_file} names the photo {name!r}: give a file name without folders")
+ENDINGS = ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"
 
-    folder = captions_file.parent
-    folders = sorted(path for path in folder.iterdir() if path.is_dir())
-    paths = {}
-    for place in [*folders, folder]:  # of two photos with the same name the last one wins
-        for path in place.iterdir():
-            paths[path.name] = path
-    return {name: paths.get(name, folder / name) for name in names}
+
+def bare(name):
+    """A photo's name without folders, ending and case, which may have changed since captions were written."""
+    stem, ending = os.path.splitext(composed(name).rpartition("/")[2].lower())
+    return stem if ending in ENDINGS else stem + ending
+
+
+def composed(name):
+    """A name with each accent in its letter: macOS writes them apart."""
+    return unicodedata.normalize("NFC", str(name))
+
+
+def likeness(name, path):
+    """What a path has of a photo's name in the captions: (folders, ending or not, case or not)."""
+    wanted = composed(name).split("/")[::-1]
+    there = composed(path.absolute().as_posix()).split("/")[::-1]
+    lower = [part.lower() for part in wanted], [part.lower() for part in there]
+    folders = len(os.path.commonprefix([parts[1:] for parts in lower]))
+    return folders, lower[0][0] == lower[1][0], wanted[0] == there[0]
+
+
+def find_photos(folder, names):
+    """{name: path} of the photos below a folder. Names never make a path: none leads out of it. InputError
+    where two files may be meant (of equal ones any is), or one is by two names; for over 1 % missing."""
+    files, found, missing, moved = {}, {}, [], []
+    folder = folder if Path(folder).is_dir() else Path(folder).parent  # or the captions file in it
+    for path in files_below(folder):
+        files.setdefault(bare(path.name), []).append(path)
+    for name in names:
+        paths = files.get(bare(name), [])
+        if len(paths) > 1:
+            most = max(likeness(name, path) for path in paths)
+            paths = [path for path in paths if likeness(name, path) == most]
+        for other in paths[1:]:
+            if not filecmp.cmp(paths[0], other, shallow=False):
+                why = f"the photo {name} may be {paths[0]} or {other}"
+                raise InputError(f"{why}: move one of them away, or name it with its folder in the captions")
+        if not paths:
+            missing.append(name)
+        else:
+            found[name] = paths[0]
+            if "/" in name and likeness(name, paths[0])[0] == 0:
+                moved.append(name)
+
+    names_of = {}
+    for name, path in found.items():
+        if names_of.setdefault(path, name) != name:
+            raise InputError(f"{path} is named twice in the captions, as {names_of[path]} and as {name}")
+    others = [path for same in files.values() for path in same if path.suffix.lower() in ENDINGS]
+    others = [path for path in others if path not in names_of]
+    if too_many(missing, names):
+        there = f"there is {[*names_of, *others][0]}" if names_of or others else "there are no photos"
+        raise InputError(
+            f"{len(missing)} of {len(names)} photos are missing below {folder}, as {missing[0]}; {there}"
+        )
+    if missing:
+        warn(f"left out, missing: {', '.join(missing)}")
+    if moved:
+        warn(f"{len(moved)} photos lie in other folders than the captions say, as {found[moved[0]]}")
+    if others:
+        print(f"photos    {len(found):,} have captions; {len(others):,} have none, as {others[0]}")
+    return found
+
+
+def too_many(bad, photos):
+    """Over 1 % are no accident, nor is all."""
+    return len(bad) > max(1, 0.01 * len(photos)) or len(bad) == len(photos)
 
 
 @contextmanager
@@ -474,20 +647,21 @@ def atomic(path):
 
 
 def decode(path, size):
-    """load_photo, or None where there is no photo or only a part of one."""
+    """(load_photo, None), or (None, why) where there is no photo or only a part of one."""
     try:
-        return load_photo(path, size) if path.is_file() else None  # a pipe would never end
-    except Exception:  # PIL raises almost anything on a damaged file
-        return None
+        return load_photo(path, size), None
+    except Exception as error:  # PIL raises almost anything on a damaged file
+        return None, in_words(error)
 
 
 def build_store(photos, size, pixels, listing):
     """Decodes photos {name: path} in parallel into the file `pixels`, size x size x 3 bytes each, and writes
-    the names of those that could be read into `listing`. InputError, and no file, if over 1 % couldn't."""
+    the names of those that could be read, and why the others couldn't, into `listing`. InputError, and no
+    file, if those are over 1 %."""
     from tqdm import tqdm
 
     pixels.parent.mkdir(parents=True, exist_ok=True)
-    names, broken = [], []
+    names, unreadable = [], {}
     # The right block ends before the left one: the listing appears last, and says that the store is complete.
     with atomic(listing) as listing_part, atomic(pixels) as pixels_part:
         with (
@@ -496,26 +670,22 @@ def build_store(photos, size, pixels, listing):
             # Closed, as otherwise after an error all the others would still be decoded.
             closing(pool.map(decode, photos.values(), itertools.repeat(size))) as decoded,
         ):
-            for name, photo in zip(tqdm(photos, "decoding", mininterval=1), decoded):
+            for name, (photo, reason) in zip(tqdm(photos, "decoding", mininterval=1), decoded):
                 if photo is None:
-                    broken.append(name)
+                    unreadable[name] = reason
                 else:
                     names.append(name)
                     file.write(photo)
-        if len(broken) > 0.01 * len(photos):
-            raise InputError(f"{len(broken)} of {len(photos)} photos are missing or broken, as {broken[0]}")
-        listing_part.write_text(json.dumps(names))
-    if broken:
-        print(f"warning: left out, missing or not to be read: {', '.join(broken)}", file=sys.stderr)
+        if too_many(unreadable, photos):
+            name, reason = next(iter(unreadable.items()))
+            raise InputError(f"{len(unreadable)} of {len(photos)} photos can't be read, as {name}: {reason}")
+        listing_part.write_text(json.dumps([names, unreadable]))
 
 
 def photo_store(photos, size, cache):
     """Photos {name: path} as (names, uint8 (N, size, size, 3)), memory-mapped, writes stay in memory.
     Reused while names, the files' sizes and times, and `size` are the same: their hash names the store."""
-    stats = []
-    for name, path in photos.items():
-        state = (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None
-        stats.append((name, state))
+    stats = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in photos.items()]
     key = hashlib.sha256(json.dumps([size, stats]).encode()).hexdigest()[:16]
 
     # Two runs may build the same store at once: each of them replaces the other's equal files.
@@ -523,10 +693,14 @@ def photo_store(photos, size, cache):
     if not (pixels.exists() and listing.exists()):
         build_store(photos, size, pixels, listing)
     try:
-        names = json.loads(listing.read_text())
-        return names, np.memmap(pixels, np.uint8, mode="c").reshape(len(names), size, size, 3)
+        names, unreadable = json.loads(listing.read_text())
+        store = np.memmap(pixels, np.uint8, mode="c").reshape(len(names), size, size, 3)
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{pixels} is damaged: delete it, and it is made again") from error
+    if unreadable:
+        reasons = [f"{name} ({reason})" for name, reason in unreadable.items()]
+        warn(f"left out, not to be read: {', '.join(reasons)}")
+    return names, store
 
 
 # --- Two drawn worlds --------------------------------------------------------------------------------
@@ -740,7 +914,8 @@ def draw_curve(path, history, photos):
 
     left.plot(epochs, [row["train_loss"] for row in history], "o-", ms=3, label="training, whole batch")
     left.plot(epochs, [row["loss"] for row in history], "o-", ms=3, label="validation, groups of 64")
-    left.axhline(math.log(min(64, photos)), color="grey", ls=":", label="validation at chance")
+    left.axhline(math.log(min(64, photos)), color="C1", ls=":", label="validation at chance")
+    left.axhline(history[-1]["train_chance"], color="C0", ls=":", label="training at chance")
     left.set_ylabel("contrastive loss")
 
     marker = "o" if len(history) == 1 else ""  # a line of one point would not be seen
@@ -924,16 +1099,25 @@ def load_checkpoint(run_dir):
 
 
 def load_state(run_dir, state, optimizers):
-    """Fills the state of a new run with the checkpoint, if there is one. InputError if it's another run's."""
+    """Fills the state of a new run with the checkpoint, if there is one. InputError, with all that differs,
+    if it's another run's. Photos and captions are known by their content (fingerprint), wherever they lie.
+    A run of more epochs is another one: the learning rate falls to zero over those that it was begun with."""
     if not (Path(run_dir) / CHECKPOINT).exists():
+        print(f"new run   --resume finds none in {run_dir}")
         return
-    saved, sorry = load_checkpoint(run_dir), f"{run_dir} can't be resumed"
+    saved, differences = load_checkpoint(run_dir), []
     try:
-        for part in ("model", "recipe", "data"):
+        for part in ("model", "recipe"):
             for name, value in state[part].items():
-                # Photos may lie elsewhere, and be embedded in other parts.
-                if name not in ("source", "micro_batch") and saved[part][name] != value:
-                    raise InputError(f"{sorry}: {name} was {saved[part][name]}; --out DIR starts another run")
+                if name != "micro_batch" and saved[part][name] != value:
+                    differences.append(f"{name} was {saved[part][name]} and is {value}")
+        if saved["data"]["content"] != state["data"]["content"]:
+            differences.append("photos, captions or tokenizer are others")
+        if differences:
+            longer = state["recipe"]["epochs"] > saved["recipe"]["epochs"]
+            why = "lr falls to 0 over all epochs, so more of them are another run: " if longer else ""
+            differences = "; ".join(differences)
+            raise InputError(f"{run_dir} can't be resumed: {differences}; {why}--out DIR starts another run")
         for part in ("trained", "last"):
             for name, weight in state[part].items():
                 weight.copy_(saved[part][name])
@@ -941,7 +1125,9 @@ def load_state(run_dir, state, optimizers):
             optimizer.load_state_dict(remembered)
         state.update(best=saved["best"], history=saved["history"], seconds=saved["seconds"])
     except (RuntimeError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{sorry}: its checkpoint is damaged, older or of another model") from error
+        raise InputError(
+            f"{run_dir} can't be resumed: its checkpoint is damaged, older or of another model"
+        ) from error
     print(f"resumed   after epoch {len(state['history'])}")
 
 
@@ -977,7 +1163,12 @@ def print_start(model, splits, recipe, device, compile=False):
     print(f"device    {WORLD_SIZE} x {name}, {kind}{', compiled' if compile else ''}")
     print(f"model     vision {vision} + text {text} + projections = {everything} parameters")
     for split, part in splits.items():
-        print(f"{split:10s}{len(part.photos):,} photos, {len(part.captions):,} captions")
+        owned = set(zip(part.captions, part.owner.tolist()))
+        shared = len(owned) - len(set(part.captions))  # misses: recall knows owners alone
+        notes = f", {shared} of them another photo's too" if shared else ""
+        if split != "train" and len(part.photos) < 50:
+            notes += f": too few to judge by, R@10 at chance is {min(100, 1000 // len(part.photos))} %"
+        print(f"{split:10s}{len(part.photos):,} photos, {len(part.captions):,} captions{notes}")
     print(f"steps     {steps:,} of {recipe.batch_size} pairs in {recipe.epochs} epochs")
     print(f"chance    training loss ln {recipe.batch_size} = {math.log(recipe.batch_size):.3f}")
     print(f"chance    validation loss ln {group} = {math.log(group):.3f}", flush=True)
@@ -1008,7 +1199,7 @@ def print_end(history, run_dir):
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
     for level in (20, 30):
         passed = [row for row in history if min(row["t2i_r10"], row["i2t_r10"]) > level]
-        if passed:
+        if passed and passed[0]["epoch"] > 1:
             epoch, minutes = passed[0]["epoch"], passed[0]["minutes"]
             print(f"passed    {level} % R@10 both ways in epoch {epoch}, {minutes:.2f} minutes")
     print(f"lowest    validation loss {lowest['loss']:.4f}, in epoch {lowest['epoch']}")
@@ -1167,13 +1358,42 @@ def settings_of(args, recipe_class):
     return {f.name: getattr(args, f.name) for f in fields(recipe_class) if f.metadata}
 
 
+def busy_cores():
+    """How many threads of other jobs have a core or wait for one: the mean of ten looks, 0 without /proc."""
+    looks = []
+    for _ in range(10 * Path("/proc/loadavg").exists()):
+        running, _ = Path("/proc/loadavg").read_text().split()[3].split("/")
+        looks.append(int(running) - 1)  # this one runs as well
+        time.sleep(0.01)
+    return sum(looks) / max(1, len(looks))
+
+
+def check_machine(args, device, config):
+    """InputError for a batch that would fill a machine without a GPU, which would end with `Killed`. Says so
+    where other jobs use its cores."""
+    busy, cores = busy_cores(), os.cpu_count()
+    if busy > cores / 4 and torch.get_num_threads() > 1 and device.type == "cpu":
+        print(f"cores     others keep {busy:.1f} of {cores} busy: OMP_NUM_THREADS=1 may be much faster")
+    # A block keeps about 16 numbers of 4 bytes for each channel of each patch.
+    patches = (config.image_size // config.patch_size) ** 2 * (1 - args.patch_dropout)
+    crops = min(args.micro_batch or args.batch_size, args.batch_size) * args.views
+    size = 64 * crops * patches * config.vision.hidden_size * config.vision.num_hidden_layers / 1e9
+    if size > 8 and device.type == "cpu":
+        small = "--model tiny --tokenizer train, or " if "model" in args else ""
+        wrong = f"{crops} crops at once take some {size:.0f} GB, and long without a GPU"
+        raise InputError(f"{wrong}: try {small}--micro-batch 8")
+
+
 def open_data(args, device, tokenizer, config):
-    """What `load` gives for --data and a model's config, photos on the device where they fit. InputError
-    where --out holds a run, or for a batch that is too large."""
+    """What `load` gives for --data and a model's config, photos on the device where they fit; a batch larger
+    than the photos becomes all of them. InputError where --out holds a run."""
     if not args.resume and any((args.out / name).exists() for name in (CHECKPOINT, "tokenizer", "log.csv")):
         raise InputError(f"{args.out} holds a run: --resume goes on with it, --out DIR starts another")
     if args.photos < 0:
         raise InputError(f"--photos {args.photos}: give a number of photos, or 0 for all")
+    if args.batch_size % WORLD_SIZE:
+        raise InputError(f"--batch-size {args.batch_size} doesn't divide among {WORLD_SIZE} processes")
+    check_machine(args, device, config)
     if not is_main_process():
         wait_for_all()  # process 0 stores the photos, the others find them
     splits, tokenizer = load(
@@ -1185,9 +1405,8 @@ def open_data(args, device, tokenizer, config):
     if args.photos > photos:
         raise InputError(f"--photos {args.photos}: there are {photos} to train on")
     if args.batch_size > photos:
-        raise InputError(f"--batch-size {args.batch_size} for {photos} training photos")
-    if args.batch_size % WORLD_SIZE:
-        raise InputError(f"--batch-size {args.batch_size} doesn't divide among {WORLD_SIZE} processes")
+        args.batch_size = photos - photos % WORLD_SIZE
+        print(f"batch     {args.batch_size}: there are no more training photos")
     for split in splits.values():
         split.place(device)
     return splits, tokenizer

@@ -7,6 +7,7 @@
     python finetune.py --r 64                   openai/clip-vit-base-patch16 on Flickr30k, on a GPU
     python finetune.py --base runs/shapes --data sketches --r 4 16 --full     after clip.py --data shapes
     python finetune.py --classify FOLDER        zero-shot classification of the photos FOLDER/CLASS/*
+    python finetune.py --search FOLDER "two dogs in the snow"         the photos below FOLDER that fit best
 
 Every rank, and with --full the training of all weights, starts from the same base and sees the same batches.
 Data, loss, metrics and training loop are those of clip.py: what stands here is what adaptation changes, and
@@ -14,12 +15,14 @@ the exchange with Hugging Face's files.
 """
 
 import copy
+import math
 import statistics
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import nn
 
 import clip
@@ -44,29 +47,76 @@ def load_run(run_dir, epoch="best"):
     return model
 
 
-def load_released(source):
-    """The model of a hub name or of a Hugging Face folder."""
-    from transformers import CLIPModel
+def load_released(source, tokenizer):
+    """The model of a hub name or of a Hugging Face folder, whose tokenizer is there or in `tokenizer`."""
+    from transformers import CLIPModel, PreTrainedConfig
 
+    if (Path(source) / "adapter_config.json").exists():
+        raise InputError(f"{source} is not one whole CLIP: it holds an adapter, for lora.load_adapter")
     local = Path(source).parent.exists() or Path(source).parts[0] == "runs"  # no hub name
     try:
-        released, report = CLIPModel.from_pretrained(source, output_loading_info=True, local_files_only=local)
+        described, _ = PreTrainedConfig.get_config_dict(source, local_files_only=local)
+        kind = described["model_type"]
+        if kind == "clip":  # transformers would open others too, with what is missing drawn at random
+            given = dict(output_loading_info=True, local_files_only=local)
+            released, report = CLIPModel.from_pretrained(source, **given)
     except Exception as error:  # the hub's client has dozens of kinds
         raise InputError(
             f"no CLIP in {source}: give a run (clip.py --data shapes makes runs/shapes), a Hugging Face "
             "folder or, with a network, a hub name"
         ) from error
+    if kind != "clip":
+        raise InputError(f"{source} is not one whole CLIP: its config.json says model_type {kind}, not clip")
     adapters = [name for name in released.state_dict() if ".lora_" in name]  # transformers opens them too
     for names in (*report.values(), adapters):
         for name in names:
             raise InputError(f"{source} is not one whole CLIP: {name} is missing, odd or too much")
-    model = CLIP(config_of(released.config, source))
+    model = CLIP(config_of(released.config, source, tokenizer))
     model.load_state_dict(released.state_dict())
-    model.source = source
+    model.source = tokenizer
     return model
 
 
-def config_of(released, source):
+def load_tokenizer(source):
+    """The tokenizer of a model. InputError where there is none, with advice that a command takes."""
+    try:
+        return data.load_tokenizer(source)
+    except InputError as error:
+        raise InputError(
+            f"no tokenizer in {source}: --tokenizer NAME gives the one that the model was trained with, a "
+            "folder or a hub name"
+        ) from error
+
+
+def check_tokenizer(model, tokenizer):
+    """InputError for a tokenizer that isn't the model's: one with another end token, at which a caption is
+    read, or with more tokens than the model has embeddings. It may have fewer: vocabularies are padded."""
+    config = model.config
+    tokens = 1 + max(tokenizer.get_vocab().values())
+    if tokenizer.eos_token_id != config.eos_token_id or tokens > config.vocab_size:
+        raise InputError(
+            f"the tokenizer is not the one of the model {getattr(model, 'name', 'given')}: it has {tokens} "
+            f"tokens and ends with {tokenizer.eos_token_id}, the model {config.vocab_size} and "
+            f"{config.eos_token_id}"
+        )
+
+
+def end_token(text, source, tokenizer):
+    """The end token of a text_config. Older ones say 2, by which transformers reads a caption at its largest
+    token (#24650): that is the tokenizer's end token, unless it has tokens behind it. InputError then."""
+    if text.eos_token_id != 2:
+        return text.eos_token_id
+    loaded = load_tokenizer(tokenizer)
+    end = loaded.eos_token_id
+    if end != max(loaded.get_vocab().values()):
+        raise InputError(
+            f"{source} says eos_token_id 2, by which a caption is read at its largest token, but the "
+            f"tokenizer has some behind its end token: write {end} for the 2 in text_config of config.json"
+        )
+    return end
+
+
+def config_of(released, source, tokenizer):
     """Our CLIPConfig of a transformers.CLIPConfig. InputError for a CLIP that ours can't express."""
     vision, text = released.vision_config, released.text_config
     if not (text.hidden_act == vision.hidden_act in clip.ACTIVATIONS) or vision.num_channels != 3:
@@ -84,29 +134,39 @@ def config_of(released, source):
         patch_size=vision.patch_size,
         vocab_size=text.vocab_size,
         max_position_embeddings=text.max_position_embeddings,
-        # Older configurations say 2 and mean the end token, which has the largest id (transformers #24650).
-        eos_token_id=text.vocab_size - 1 if text.eos_token_id == 2 else text.eos_token_id,
+        eos_token_id=end_token(text, source, tokenizer),
         projection_dim=released.projection_dim,
         hidden_act=text.hidden_act,
         causal=True,
     )
 
 
-def from_pretrained(name_or_dir, epoch="best"):
+def from_pretrained(name_or_dir, epoch="best", tokenizer=None):
     """The CLIP of a hub name, a Hugging Face folder or a run of clip.py, in eval mode on the CPU.
 
     epoch, for a run: the running mean of its weights after the "best" epoch or the "last"; or as "trained".
+    tokenizer: the folder or hub name of its tokenizer, where that isn't beside the weights.
     InputError where there is no whole CLIP, or one with NaN.
     """
     is_run = (Path(name_or_dir) / data.CHECKPOINT).exists()
-    model = load_run(name_or_dir, epoch) if is_run else load_released(name_or_dir)
+    beside = tokenizer or name_or_dir
+    model = load_run(name_or_dir, epoch) if is_run else load_released(name_or_dir, beside)
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise InputError(f"{name_or_dir} holds NaN or infinity: fetch or train it again")
+    model.name, model.source = str(name_or_dir), tokenizer or model.source
     return model.eval()
 
 
+def tokenizer_of(model):
+    """The tokenizer of a model that from_pretrained gave. InputError where there is none, or not the one."""
+    tokenizer = load_tokenizer(model.source)
+    check_tokenizer(model, tokenizer)
+    return tokenizer
+
+
 def save_pretrained(model, folder, tokenizer=None):
-    """Writes a folder for transformers' CLIPModel and CLIPProcessor, with this tokenizer or the model's."""
+    """Writes a folder for transformers' CLIPModel and CLIPProcessor, with this tokenizer or the model's, and
+    for all that opens a part of it, as CLIPTextModelWithProjection or diffusers."""
     import transformers
 
     c = model.config
@@ -116,18 +176,24 @@ def save_pretrained(model, folder, tokenizer=None):
         raise InputError("the adapters are not merged: lora.merge(model) comes first")
     if tokenizer is None and model.source is None:
         raise InputError("this model came with no tokenizer: save_pretrained(model, folder, tokenizer)")
-    tokenizer = tokenizer or data.load_tokenizer(model.source)
+    tokenizer = copy.deepcopy(tokenizer or tokenizer_of(model))
+    check_tokenizer(model, tokenizer)
+    tokenizer.model_max_length = c.max_position_embeddings  # what others cut captions to
 
+    both = {"hidden_act": c.hidden_act, "projection_dim": c.projection_dim}
+    markers = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     vision = asdict(c.vision) | {"image_size": c.image_size, "patch_size": c.patch_size}
     text = asdict(c.text) | {"vocab_size": c.vocab_size, "max_position_embeddings": c.max_position_embeddings}
     config = transformers.CLIPConfig(
-        vision_config=vision | {"hidden_act": c.hidden_act},
-        text_config=text | {"hidden_act": c.hidden_act, "eos_token_id": c.eos_token_id, "bos_token_id": None},
-        projection_dim=c.projection_dim,
+        vision_config=vision | both, text_config=text | both | markers, projection_dim=c.projection_dim
     )
     with torch.device("meta"):
         released = transformers.CLIPModel(config)
     weights = {name: weight for name, weight in model.state_dict().items() if ".lora_" not in name}
+    shapes = {name: weight.shape for name, weight in released.state_dict().items()}
+    for name in sorted({*weights, *shapes}):
+        if name not in weights or weights[name].shape != shapes.get(name):
+            raise InputError(f"transformers' CLIPModel can't hold this model: {name} is not as in CLIP")
     released.load_state_dict(weights, assign=True)
     released.save_pretrained(folder)
     pixels = transformers.CLIPImageProcessor(size={"shortest_edge": c.image_size}, crop_size=c.image_size)
@@ -197,13 +263,37 @@ def adapt(base, splits, recipe, run_dir, resume=False, compile=False):
     if is_main_process():
         data.draw_curve(run_dir / "curve.png", history, len(splits["val"].photos))
         if recipe.r:
-            lora.save_adapter(model, run_dir, base.source)
+            lora.save_adapter(model, run_dir, getattr(base, "name", None))
         else:  # then from_pretrained opens the folder
             data.save_tokenizer(data.load_tokenizer(base.source), run_dir)
     return model, history
 
 
-# --- Zero-shot classification ----------------------------------------------------------------------------
+# --- Classes and search ----------------------------------------------------------------------------------
+
+
+def photos_below(folder):
+    """{name: path} of the photos at any depth, without leftovers; other files are left out, and said so."""
+    photos, others, endings = {}, [], {"", *Image.registered_extensions()}
+    for path in data.files_below(folder) if Path(folder).is_dir() else ():
+        name = path.relative_to(folder).as_posix()
+        if path.suffix.lower() in endings:
+            photos[name] = path
+        else:
+            others.append(name)
+    if others:
+        print(f"left out  {len(others)} files that are no photos by their ending, as {others[0]}")
+    return photos
+
+
+def embed_folder(model, tokenizer, photos, sentences):
+    """Photos {name: path} and sentences to names, in the order of images (N, E), and texts (M, E)."""
+    check_tokenizer(model, tokenizer)
+    names, pixels = data.photo_store(photos, model.config.image_size, "cache")
+    captions = [sentences] + [[]] * (len(names) - 1)  # no photo's own: as the first one's
+    split = data.make_split(names, pixels, captions, tokenizer, model.config.max_position_embeddings)
+    return names, *embed(model, split)
+
 
 PROMPTS = "a photo of a {}", "a photo of the {}", "a cropped photo of a {}", "a picture of a {} ."
 
@@ -211,18 +301,20 @@ PROMPTS = "a photo of a {}", "a photo of the {}", "a cropped photo of a {}", "a 
 def classify(model, tokenizer, folder, templates=PROMPTS):
     """Top-1 and top-5 accuracy, in percent, on photos folder/CLASS/* (`_` in CLASS is a space). InputError
     without any. A class is the mean of its name's embeddings over the templates (CLIP's paper, 3.1.4)."""
-    files = sorted(path for path in Path(folder).glob("*/[!.]*") if path.is_file())
-    paths = {f"{path.parent.name}/{path.name}": path for path in files}
-    if not paths:
-        raise InputError(f"no photos in {folder}: each class is a folder there, with its photos")
-    names, photos = data.photo_store(paths, model.config.image_size, "cache")
-    class_of = [name.split("/")[0] for name in names]
-    classes = sorted(set(class_of))
+    below = photos_below(folder)
+    photos = {name: path for name, path in below.items() if name.count("/") == 1}
+    if not photos:
+        there = f", not {next(iter(below))}" if below else ""
+        raise InputError(f"no photos in {folder}: each class is a folder there, with its photos{there}")
+    folders = [path for path in Path(folder).iterdir() if path.is_dir()]
+    classes = sorted(path.name for path in folders if not data.is_leftover(path))
     prompts = [template.format(name.replace("_", " ")) for name in classes for template in templates]
 
-    sentences = [prompts] + [[]] * (len(names) - 1)  # no photo's own: as the first one's
-    split = data.make_split(names, photos, sentences, tokenizer, model.config.max_position_embeddings)
-    images, texts = embed(model, split)  # (N, E), (prompts, E)
+    names, images, texts = embed_folder(model, tokenizer, photos, prompts)  # (N, E), (prompts, E)
+    class_of = [name.split("/")[0] for name in names]
+    empty = [name for name in classes if name not in class_of]
+    if empty:
+        print(f"no photos of {', '.join(empty)}, which other photos may be taken for all the same")
     weights = texts.unflatten(0, (len(classes), -1)).mean(dim=1)  # (classes, E)
     ranked = (images @ nn.functional.normalize(weights, dim=1).T).argsort(dim=1, descending=True)
     right = ranked.new_tensor([classes.index(name) for name in class_of])[:, None]  # (N, 1)
@@ -232,6 +324,34 @@ def classify(model, tokenizer, folder, templates=PROMPTS):
         f"chance {100 / len(classes):.1f}"
     )
     return top1, top5
+
+
+def search(model, tokenizer, folder, query, count=8):
+    """The photos at any depth of a folder that fit a query best: [(path, cosine)], the best first. InputError
+    for no photos or no query."""
+    photos = photos_below(folder)
+    if not photos:
+        raise InputError(f"no photos in {folder}, nor in its folders")
+    if not query.strip():
+        raise InputError("no query: say what the photo shows")
+    names, images, texts = embed_folder(model, tokenizer, photos, [query])  # (N, E), (1, E)
+    cosines, rows = (images @ texts[0]).topk(min(count, len(names)))
+    return [(photos[names[row]], cosine) for row, cosine in zip(rows.tolist(), cosines.tolist())]
+
+
+def draw_search(path, query, found):
+    """The photos [(path, cosine)] that were found, in rows of four."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 2.9 * math.ceil(len(found) / 4)), layout="constrained")
+    figure.suptitle(query, parse_math=False)
+    grid = figure.subplots(math.ceil(len(found) / 4), 4, squeeze=False).flatten()
+    for axes in grid:
+        axes.axis("off")
+    for axes, (photo, cosine) in zip(grid, found):
+        axes.imshow(data.load_photo(photo, 224))
+        axes.set_title(f"{cosine:.3f}  {photo.name[-24:]}", fontsize=9, parse_math=False)
+    data.save_figure(figure, path)
 
 
 # --- The study -------------------------------------------------------------------------------------------
@@ -299,29 +419,29 @@ def table(rows, judged):
 
 
 def draw_study(path, zero_shot, rows):
-    """Lowest validation loss and R@1 against the parameters that were trained: a point for each seed."""
+    """Lowest validation loss and R@1 against the parameters that were trained: a point for each seed. Where
+    the base's own data were judged, as "shapes val", a third panel shows what of them is forgotten."""
     from matplotlib.figure import Figure
 
-    def recall(row):
-        return (row["val t2i_r1"] + row["val i2t_r1"]) / 2
+    def values(name, row):
+        return row[name] if name in row else (row[f"{name} t2i_r1"] + row[f"{name} i2t_r1"]) / 2
 
-    def loss(row):
-        return row["lowest val loss"]
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for axes, value, label, scale in (
-        (left, loss, "lowest validation loss, groups of 64", "log"),
-        (right, recall, "R@1, mean of both ways, %", "linear"),
-    ):
+    panels = {"lowest val loss": "lowest validation loss, groups of 64", "val": "R@1, mean of both ways, %"}
+    for key in zero_shot:
+        if key.endswith(" val t2i_r1"):
+            name = key.removesuffix(" t2i_r1")
+            panels[name] = f"R@1 on the base's data, {name}, %"
+    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
+    for axes, (name, label) in zip(figure.subplots(1, len(panels)), panels.items()):
         for variant in dict.fromkeys(row["variant"] for row in rows):
             same = [row for row in rows if row["variant"] == variant]
-            trained, values = [row["trainable"] for row in same], [value(row) for row in same]
-            axes.plot(trained, values, "o", alpha=0.7, label=variant)
-        axes.axhline(value(zero_shot), color="grey", ls="--", label="zero-shot")
+            trained = [row["trainable"] for row in same]
+            axes.plot(trained, [values(name, row) for row in same], "o", alpha=0.7, label=variant)
+        axes.axhline(values(name, zero_shot), color="grey", ls="--", label="zero-shot")
+        scale = "log" if name == "lowest val loss" else "linear"
         axes.set(xlabel="trained parameters", ylabel=label, xscale="log", yscale=scale)
         axes.grid(alpha=0.3)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=8)
     data.save_figure(figure, path)
 
 
@@ -337,11 +457,16 @@ def parse_args(argv):
         default="openai/clip-vit-base-patch16",
         help="hub name, Hugging Face folder or run of clip.py",
     )
+    group.add_argument("--tokenizer", metavar="NAME", help="folder or hub name; None is the base's own")
     group.add_argument("--classify", metavar="FOLDER", help="zero-shot: which CLASS are FOLDER/CLASS/*?")
+    words = ("FOLDER", "QUERY")
+    group.add_argument("--search", nargs=2, metavar=words, help="photos below FOLDER that fit a sentence")
     group.add_argument("--r", type=int, nargs="+", default=[], help="ranks; none, nor --full, is 64")
     group.add_argument("--full", action="store_true", help="train all weights, with a tenth of --lr")
     group.add_argument("--alpha", type=float, help="scale is alpha / r; None is alpha = 2 r")
-    group.add_argument("--targets", nargs="+", default=list(RECIPE.targets), help="adapted Linears")
+    group.add_argument(
+        "--targets", nargs="+", default=list(RECIPE.targets), help="Linears, or modules of them"
+    )
     group.add_argument("--seeds", type=int, default=1, help="repeats, with --seed and the ones after it")
     parser.add_settings(RECIPE)
     if parser.parse_known_args(argv)[0].data in data.DRAWN:
@@ -349,6 +474,7 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if args.seeds < 1 or any(r < 1 for r in args.r):
         raise InputError("--r and --seeds take whole numbers, 1 at least")
+    args.picture = (args.out or Path()) / "search.png"
     args.out = args.out or Path("runs", "-".join(Path(x).absolute().name for x in (args.base, args.data)))
     return args
 
@@ -374,15 +500,22 @@ def run(args):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     device = data.open_device(args.device)
-    base = from_pretrained(args.base).to(device)
+    base = from_pretrained(args.base, tokenizer=args.tokenizer).to(device)
+    tokenizer = tokenizer_of(base)
     if args.classify:
-        classify(base, data.load_tokenizer(base.source), args.classify)
+        classify(base, tokenizer, args.classify)
+        return
+    if args.search:
+        found = search(base, tokenizer, *args.search)
+        for photo, cosine in found:
+            print(f"{cosine:6.3f}  {photo}")
+        args.picture.parent.mkdir(parents=True, exist_ok=True)
+        draw_search(args.picture, args.search[1], found)
+        print(f"done      {args.picture}")
         return
 
     c = base.config
-    splits, tokenizer = data.open_data(args, device, base.source, c)
-    if (len(tokenizer), tokenizer.eos_token_id) != (c.vocab_size, c.eos_token_id):
-        raise InputError(f"the tokenizer in {base.source} is not the one of the model {args.base}")
+    splits, _ = data.open_data(args, device, base.source, c)
     for recipe in recipes_of(args):  # what is wrong with the adapters is said before anything is written
         with torch.device("meta"):
             insert(CLIP(c), recipe)

@@ -15,6 +15,7 @@ ValueError of one line, and changes nothing.
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -38,10 +39,13 @@ class LoRALinear(nn.Linear):
         self.weight, self.bias = base.weight, base.bias
         self.r, self.alpha, self.use_rslora = r, alpha, use_rslora
         self.dropout = nn.Dropout(dropout)
+        # fp32 beside a bf16 base too, as in peft: bf16 would round the small steps of training away.
+        self.base_type = base.weight.dtype
+        kind = dict(dtype=torch.promote_types(self.base_type, torch.float32), device=base.weight.device)
         # Kaiming-uniform with a = sqrt(5), as in peft, is uniform within 1 / sqrt(in): the fan in is that of
         # (r, in). B = 0, so that B A = 0: an adapted model starts as the base, whatever A is.
-        self.lora_A = nn.Parameter(base.weight.new_empty(r, base.in_features))
-        self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, r))
+        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, **kind))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **kind))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.strength = 1.0  # 0 is the base, 1 what was trained
         self.merged = False
@@ -55,12 +59,19 @@ class LoRALinear(nn.Linear):
         y = F.linear(x, self.weight, self.bias)  # (..., out)
         if self.merged:
             return y
-        x = F.linear(self.dropout(x), self.lora_A) * self.scaling  # (..., r)
-        return y + F.linear(x, self.lora_B)  # (..., out)
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.lora_A.dtype)
+        x = F.linear(self.dropout(x), self.lora_A)  # (..., r)
+        x = F.linear(x, self.lora_B) * self.scaling  # (..., out), in peft's order: rounded as there
+        return (y + x).to(y.dtype)
 
     def delta(self):
         """What the adapter adds to the weight, (out, in)."""
         return self.lora_B @ self.lora_A * self.scaling
+
+    def set_weight(self, weight):
+        """Another weight, in the type that the base had: one that was rounded to bf16 since is fp32 again."""
+        self.weight.data = weight if self.base_type == torch.float32 else weight.to(self.base_type)
 
 
 # --- A model with adapters -------------------------------------------------------------------------------
@@ -75,35 +86,69 @@ def adapters(model):
 
 
 def find_targets(model, targets):
-    """{name: Linear} of the Linears that `targets` name, by their whole name or the end of it."""
+    """The names of the Linears that `targets` mean: a Linear's name or that of a module, which means all the
+    Linears in it, whole or the end of it; or "all-linear". ValueError for one that means none."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     chosen = {}
     for target in targets:
-        found = {name: m for name, m in model.named_modules() if f".{name}".endswith(f".{target}")}
-        # Not isinstance: the out_proj of nn.MultiheadAttention is of a subclass and never called (peft #761).
-        if not found or not all(type(module) is nn.Linear for module in found.values()):
-            raise ValueError(f"no plain Linear of the model is called {target!r}")
-        chosen |= found
+        # .a.b.c. holds .b. wherever b is a module or a Linear: its name from the left, or any part of it.
+        found = [name for name in linears if target == "all-linear" or f".{target}." in f".{name}."]
+        if not found:
+            short = {name.split(".")[-1] for name in linears}
+            parts = {name.split(".")[0] for name in linears if "." in name}
+            raise ValueError(
+                f"no plain Linear of the model is called {target!r}, nor a module that holds some: there are "
+                f"{', '.join(sorted(short))}; {', '.join([*sorted(parts), 'all-linear'])}"
+            )
+        chosen |= dict.fromkeys(found)
     if not chosen:
         raise ValueError("no targets: name the Linears to adapt")
-    return chosen
+    return list(chosen)
 
 
-def add_lora(model, r, alpha, dropout=0.0, targets=("q_proj", "k_proj", "v_proj"), use_rslora=False):
-    """Puts a LoRALinear in place of every Linear that `targets` name, by its whole name or the end of it,
-    freezes everything else, and returns how many there are. ValueError for r < 1, alpha <= 0, dropout
-    outside [0, 1), a target that is no Linear, or a model that has adapters."""
+def check_setting(r, alpha, dropout):
+    """ValueError for r < 1, alpha <= 0 or dropout outside [0, 1)."""
     if not (isinstance(r, int) and r >= 1):
         raise ValueError(f"r is {r}: the rank of an adapter is a whole number, 1 at least")
     if not (0 < alpha < math.inf and 0 <= dropout < 1):
         raise ValueError(f"alpha is {alpha} and dropout {dropout}: alpha > 0 and 0 <= dropout < 1 are needed")
-    if any(isinstance(module, LoRALinear) for module in model.modules()):
-        raise ValueError("this model has adapters already: start again from the base model")
-    chosen = find_targets(model, targets)
-    model.requires_grad_(False)
-    for name, base in chosen.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LoRALinear(base, r, alpha, dropout, use_rslora))
-    return len(chosen)
+
+
+def insert(model, ranks_and_alphas, dropout, use_rslora):
+    """Puts adapters beside the Linears {name: (r, alpha)} and freezes all but adapters. Merged ones become
+    the plain Linears that they are. ValueError, and nothing is changed, where one can't be put in."""
+    for name, (r, alpha) in ranks_and_alphas.items():
+        check_setting(r, alpha, dropout)
+        linear = model.get_submodule(name)
+        if isinstance(linear, LoRALinear) and not linear.merged:
+            raise ValueError(
+                f"this model has adapters already, as at {name}: start again from the base model"
+            )
+        # The out_proj of nn.MultiheadAttention is of a subclass and never called (peft #761).
+        if type(linear) not in (nn.Linear, LoRALinear):
+            raise ValueError(f"{name} is no plain Linear: an adapter may have no effect there")
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoRALinear) and layer.merged:
+            plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+            plain.weight, plain.bias = layer.weight, layer.bias
+            model.set_submodule(name, plain.train(layer.training))
+    for name, (r, alpha) in ranks_and_alphas.items():
+        layer = LoRALinear(model.get_submodule(name), r, alpha, dropout, use_rslora)
+        model.set_submodule(name, layer)
+    for name, parameter in model.named_parameters():
+        if not name.endswith(("lora_A", "lora_B")):
+            parameter.requires_grad_(False)
+
+
+def add_lora(model, r, alpha, dropout=0.0, targets=("q_proj", "k_proj", "v_proj"), use_rslora=False):
+    """Puts a LoRALinear in place of every Linear that `targets` mean (see find_targets), freezes everything
+    but adapters, and returns how many there are. A second call may adapt other Linears, with other settings.
+    ValueError for r < 1, alpha <= 0, dropout outside [0, 1), a target that is no Linear and holds none, or
+    one that has an adapter which isn't merged."""
+    check_setting(r, alpha, dropout)
+    names = find_targets(model, targets)
+    insert(model, dict.fromkeys(names, (r, alpha)), dropout, use_rslora)
+    return len(names)
 
 
 def trainable_parameters(model):
@@ -135,7 +180,7 @@ def merge(model):
     if not all(delta.isfinite().all() for delta in deltas):
         raise ValueError("an adapter holds NaN or infinity: merging it would spoil the base model")
     for layer, delta in zip(layers, deltas):
-        layer.weight.data = layer.weight + delta  # not +=, which a bf16 base would round
+        layer.set_weight(layer.weight + delta)
         layer.merged = True
 
 
@@ -147,7 +192,7 @@ def unmerge(model):
     if not all(layer.merged for layer in layers):
         raise ValueError("the adapters are not merged: there is nothing to take out")
     for layer in layers:
-        layer.weight.data = layer.weight - layer.delta()
+        layer.set_weight(layer.weight - layer.delta())
         layer.merged = False
 
 
@@ -175,15 +220,27 @@ def shortest_names(model, layers):
 
 def save_adapter(model, folder, base=None):
     """Writes the adapters to `folder`: adapter_config.json and adapter_model.safetensors, which
-    peft.PeftModel.from_pretrained opens on a CLIPModel, at full strength. base: the name of its model."""
+    peft.PeftModel.from_pretrained opens on a CLIPModel, at full strength. base: the name of its model.
+    ValueError where layers differ in dropout or rsLoRA, for which the file has one entry."""
     layers, folder = adapters(model), Path(folder)
     first = next(iter(layers.values()))
+    for layer in layers.values():
+        if (layer.dropout.p, layer.use_rslora) != (first.dropout.p, first.use_rslora):
+            raise ValueError(
+                "the adapters differ in dropout or rsLoRA, and peft's file has one for all: save each tower "
+                "by itself, as save_adapter(model.vision_model, ...)"
+            )
+    # A pattern is a regular expression for the end of a name; ^ makes it the whole name.
+    ranks = {f"^{name}": layer.r for name, layer in layers.items() if layer.r != first.r}
+    alphas = {f"^{name}": layer.alpha for name, layer in layers.items() if layer.alpha != first.alpha}
     config = {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": base and str(base),
         "r": first.r,
         "lora_alpha": first.alpha,
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
         "lora_dropout": first.dropout.p,
         "use_rslora": first.use_rslora,
         "target_modules": shortest_names(model, layers),
@@ -205,17 +262,34 @@ def save_adapter(model, folder, base=None):
     write(folder / "adapter_config.json", lambda path: path.write_text(json.dumps(config, indent=1)))
 
 
-# The kind of LoRA that this file knows. peft's others need more than A and B.
-PLAIN = {
-    "peft_type": "LORA",
-    "bias": "none",
-    "use_dora": False,
-    "fan_in_fan_out": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "modules_to_save": None,
-}
-PLAIN_STARTS = (None, True, False, "gaussian")  # of A and B; others, as PiSSA, change the base as well
+# What peft's configuration may hold: what is obeyed here, what doesn't matter once the tensors are there, and
+# what has to have one of these values. All else, also what peft has yet to invent, has to be off.
+OBEYED = {"r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "auto_mapping"}
+NO_MATTER = {"task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
+NO_MATTER |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}  # see the tensors
+NO_MATTER |= {"megatron_core", "qalora_group_size"}  # of kinds that are off
+PLAIN = {"peft_type": ["LORA"], "bias": ["none"]}
+PLAIN |= {"init_lora_weights": [True, False, None, "gaussian"]}  # PiSSA and others change the base as well
+
+
+def find_adapter(folder):
+    """The folder itself, or the one in it: an adapter to which peft's user gave a name has its own folder."""
+    named = sorted(path.parent for path in folder.glob("*/adapter_config.json"))
+    if (folder / "adapter_config.json").exists() or not named:
+        return folder
+    if len(named) > 1:
+        raise ValueError(f"{folder} holds {len(named)} adapters, give one: {', '.join(map(str, named))}")
+    return named[0]
+
+
+def read_tensors(folder):
+    """{name: tensor} of adapter_model.safetensors or, as older ones are called, adapter_model.bin."""
+    if (folder / "adapter_model.safetensors").exists():
+        return load_file(folder / "adapter_model.safetensors")
+    tensors = torch.load(folder / "adapter_model.bin", map_location="cpu", weights_only=True)  # runs no code
+    if not all(torch.is_tensor(tensor) for tensor in tensors.values()):
+        raise ValueError("not only tensors")
+    return tensors
 
 
 def read_adapter(folder):
@@ -223,35 +297,64 @@ def read_adapter(folder):
     wrote. ValueError for anything else."""
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
-        tensors = load_file(folder / "adapter_model.safetensors")
+        tensors = read_tensors(folder)
         for name, kind in (("r", int), ("lora_alpha", float), ("lora_dropout", float)):
             config[name] = kind(config[name])
-    except Exception as error:  # safetensors has its own kinds
-        raise ValueError(f"{folder} holds no adapter that can be read: {error}") from error
-    for name, plain in PLAIN.items():
-        if (config.get(name) or plain) != plain:
-            raise ValueError(f"{folder} is not plain LoRA: its {name} is {config[name]}")
-    if config.get("init_lora_weights") not in PLAIN_STARTS:
-        raise ValueError(
-            f"{folder} is not plain LoRA: its init_lora_weights is {config['init_lora_weights']}"
-        )
+        for name, kind in (("rank_pattern", int), ("alpha_pattern", float)):
+            patterns = config.get(name) or {}
+            config[name] = {re.compile(rf"(.*\.)?({key})$"): kind(patterns[key]) for key in patterns}
+    except Exception as error:  # safetensors and torch.load have their own kinds
+        wrong = "a file is missing" if isinstance(error, FileNotFoundError) else "a file is damaged or odd"
+        raise ValueError(f"{folder} holds no adapter that can be read: {wrong}") from error
+    for name, value in config.items():
+        plain = value in PLAIN[name] if name in PLAIN else not value
+        if name not in OBEYED | NO_MATTER and not plain:
+            raise ValueError(f"{folder} is not plain LoRA: its {name} is {value}")
     short = {name.removeprefix("base_model.model.").removesuffix(".weight"): x for name, x in tensors.items()}
     return config, short
+
+
+def by_pattern(name, patterns, default):
+    """What is set for a Linear of this name: as in peft, the first pattern that fits decides."""
+    return next((value for pattern, value in patterns.items() if pattern.match(name)), default)
+
+
+def part_of(model, config, names, folder):
+    """The prefix by which names of an adapter are names of this model: "vision_model." if peft saved it on a
+    CLIPVisionModel, which has no such prefix. It is read, not guessed: both towers have the same names."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    parts = [part for part, _ in model.named_children() if all(f"{part}.{name}" in linears for name in names)]
+    if not parts or any(name in linears for name in names):
+        return ""
+    said = config.get("auto_mapping")
+    base_class = str(said.get("base_model_class")).lower() if isinstance(said, dict) else ""
+    told = [part for part in parts if part.removesuffix("_model") in base_class]
+    if len(told) != 1:
+        raise ValueError(
+            f"{folder} is for a part of this model and doesn't say for which: load it on one of "
+            f"{', '.join(f'model.{part}' for part in parts)}"
+        )
+    return f"{told[0]}."
 
 
 def load_adapter(model, folder):
     """Inserts the adapters of `folder`, on the Linears that its tensors name. ValueError, and nothing is
     changed, where a file is damaged, a tensor has no Linear, another shape or a NaN, where the kind is not
-    plain LoRA, or the model has adapters already."""
-    folder = Path(folder)
+    plain LoRA, or such a Linear has an adapter already, unmerged."""
+    folder = find_adapter(Path(folder))
     config, tensors = read_adapter(folder)
+    names = list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
+    prefix = part_of(model, config, names, folder)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    targets = list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
-    shapes = {}
-    for name in targets:
-        if name in linears:
-            shapes[f"{name}.lora_A"] = (config["r"], linears[name].in_features)
-            shapes[f"{name}.lora_B"] = (linears[name].out_features, config["r"])
+    ranks_and_alphas, shapes = {}, {}
+    for name in names:
+        if prefix + name in linears:
+            linear = linears[prefix + name]
+            r = by_pattern(name, config["rank_pattern"], config["r"])
+            alpha = by_pattern(name, config["alpha_pattern"], config["lora_alpha"])
+            ranks_and_alphas[prefix + name] = r, alpha
+            shapes[f"{name}.lora_A"] = (r, linear.in_features)
+            shapes[f"{name}.lora_B"] = (linear.out_features, r)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in sorted({*found, *shapes}):
         if found.get(name) != shapes.get(name):
@@ -262,6 +365,7 @@ def load_adapter(model, folder):
     for name, tensor in tensors.items():
         if not tensor.float().isfinite().all():
             raise ValueError(f"{folder} holds NaN or infinity in {name}")
-    use_rslora = bool(config.get("use_rslora"))
-    add_lora(model, config["r"], config["lora_alpha"], config["lora_dropout"], targets, use_rslora)
-    model.load_state_dict(tensors, strict=False)
+    if not tensors:
+        raise ValueError(f"{folder} holds no adapter that can be read: it has no tensors")
+    insert(model, ranks_and_alphas, config["lora_dropout"], bool(config.get("use_rslora")))
+    model.load_state_dict({prefix + name: tensor for name, tensor in tensors.items()}, strict=False)

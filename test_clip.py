@@ -13,6 +13,7 @@ import copy
 import csv
 import functools
 import http.server
+import io
 import json
 import math
 import os
@@ -208,11 +209,11 @@ def released_folder(folder, config):
     return theirs, (photos(4, config), captions([2, 5, 9, 16], 16, config))
 
 
-def reconfigure(**changes):
-    """Changes entries of text_config in base/config.json."""
-    described = json.loads(Path("base/config.json").read_text())
+def reconfigure(folder="base", **changes):
+    """Changes entries of text_config in a released folder's config.json."""
+    described = json.loads(Path(folder, "config.json").read_text())
     described["text_config"] |= changes
-    Path("base/config.json").write_text(json.dumps(described))
+    Path(folder, "config.json").write_text(json.dumps(described))
 
 
 def replace_tensor(name, tensor):
@@ -969,7 +970,7 @@ def test_adapters_in_one_tower_alone_train(target, micro_batch):
 
 SIZES = {
     "patch 20": dict(patch_size=20),
-    "legacy end token": dict(vocab_size=90, eos_token_id=89),
+    "legacy end token": dict(vocab_size=514, eos_token_id=513),
     "wider": dict(vision=TowerConfig(96, 4, 6, 192), projection_dim=40, image_size=56, patch_size=14),
 }
 
@@ -997,13 +998,14 @@ def test_openais_released_weights_give_the_logits_that_transformers_gives():
 
 
 def test_what_we_save_transformers_opens_and_gives_the_same_logits():
-    theirs, inputs = released_folder("base", OPENAI_SMALL)
     tokenizer = data.train_tokenizer(["dogs"])  # which knows it as one word
+    config = replace(OPENAI_SMALL, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    theirs, inputs = released_folder("base", config)
     tokenizer.save_pretrained("base")
     finetune.save_pretrained(finetune.from_pretrained("base"), "ours")
     again = transformers.CLIPModel.from_pretrained("ours").eval()
     assert difference(their_logits(again, *inputs), their_logits(theirs, *inputs)) < 1e-5
-    assert finetune.from_pretrained("ours").config == OPENAI_SMALL
+    assert finetune.from_pretrained("ours").config == config
 
     image, processor = (
         noise_photo(Path("a.png"), (60, 90)),
@@ -1016,8 +1018,9 @@ def test_what_we_save_transformers_opens_and_gives_the_same_logits():
 
 @torch.no_grad()
 def test_a_merged_model_is_saved_for_transformers_as_the_adapted_one():
-    model, inputs = shaken(adapted(causal=True)), (photos(4), captions([2, 5, 9, 16]))
-    expected = model(*inputs)
+    model, inputs = shaken(CLIP(SPELLING)).eval(), (photos(4), captions([2, 5, 9, 16], 16, SPELLING))
+    lora.add_lora(model, r=4, alpha=8)
+    expected = shaken(model)(*inputs)
     lora.merge(model)
     finetune.save_pretrained(model, "merged", data.train_tokenizer(["a"]))
     theirs = transformers.CLIPModel.from_pretrained("merged").eval()
@@ -1237,13 +1240,17 @@ def test_every_form_of_flickr_gives_the_same_captions_and_published_splits_win(w
         assert {name: split for name, (split, _) in found.items()} == SPLIT
 
 
-def test_of_karpathys_three_files_the_one_named_like_the_folder_is_read():
-    folder = Path("flickr30k")
-    folder.mkdir()
-    karpathy(folder)
-    for other in ("coco", "flickr8k"):
-        (folder / f"dataset_{other}.json").write_text('{"images": []}')
+def test_of_karpathys_three_files_the_one_that_fits_most_photos_is_read(capsys):
+    make_album(Path())
+    folder = Path("photos")
+    described = json.loads((folder / "dataset_flickr30k.json").read_text())
+    fewer = {"images": described["images"][:40]}  # Flickr30k has the photos of Flickr8k too
+    (folder / "dataset_flickr8k.json").write_text(json.dumps(fewer))
+    others = [image | {"filename": f"COCO_{i}.jpg"} for i, image in enumerate(described["images"])]
+    (folder / "dataset_coco.json").write_text(json.dumps({"images": others}))
     assert data.read_captions(folder)[0].name == "dataset_flickr30k.json"
+    said = capsys.readouterr().out
+    assert "not used: photos/dataset_coco.json, photos/dataset_flickr8k.json" in said
 
 
 def test_line_breaks_and_odd_separators_inside_a_caption_stay_inside_it():
@@ -1267,6 +1274,135 @@ def test_without_a_split_file_a_photos_own_name_sends_1_in_20_to_val_and_1_in_20
     assert found[1].items() <= found[0].items()
 
 
+# One's own table: {file name: its text}, of two photos with two captions each.
+ROWS = [("a b.jpg", "ein Hund, im Schnee"), ("a b.jpg", "two dogs"), ("c.jpg", "“ein” Café"), ("c.jpg", "x")]
+
+
+def table(columns, delimiter, rows=ROWS):
+    text = io.StringIO()
+    csv.writer(text, delimiter=delimiter).writerows([columns, *rows])
+    return text.getvalue()
+
+
+def lines_of(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+LISTS = [("a b.jpg", [ROWS[0][1], ROWS[1][1]]), ("c.jpg", [ROWS[2][1], ROWS[3][1]])]
+TOKENS = "".join(f"{name}#{i}\t{caption}\n" for i, (name, caption) in enumerate(ROWS))
+OWN_TABLES = {
+    "open_clip": ("train.csv", table(["filepath", "title"], ",").encode()),
+    "tabs": ("mine.tsv", table(["Path", "Text"], "\t").encode()),
+    "a spreadsheet's": ("Mappe1.csv", table(["File Name", "Caption"], ";").encode("cp1252")),
+    "UTF-16": ("mine.txt", table(["image", "sentence"], "\t").encode("utf-16")),
+    "a mark before it": ("mine.csv", table(["image", "caption"], ",").encode("utf-8-sig")),
+    "imagefolder": ("metadata.csv", table(["file_name", "text"], ",").encode()),
+    "imagefolder, lines": (
+        "metadata.jsonl",
+        lines_of({"file_name": name, "text": caption} for name, caption in ROWS).encode(),
+    ),
+    "lists": ("all.jsonl", lines_of({"image": name, "captions": both} for name, both in LISTS).encode()),
+    "lists in cells": (
+        "all.csv",
+        table(["image", "caption"], ",", [(name, json.dumps(both)) for name, both in LISTS]).encode(),
+    ),
+    "the original": ("Flickr8k.token.txt", TOKENS.encode()),
+    "more columns": (
+        "mine.csv",
+        table(["id", "image", "caption", "licence"], ",", [(1, *row, "CC") for row in ROWS]).encode(),
+    ),
+    "folders, backslashes": (
+        "mine.csv",
+        table(["image", "caption"], ",", [("pics\\" + name, caption) for name, caption in ROWS]).encode(),
+    ),
+    "other case and ending": (
+        "mine.csv",
+        table(["image", "caption"], ",", [(f"{name[:-4].upper()}.PNG", c) for name, c in ROWS]).encode(),
+    ),
+    "no ending": (
+        "mine.csv",
+        table(["image", "caption"], ",", [(name[:-4], c) for name, c in ROWS]).encode(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name, content", OWN_TABLES.values(), ids=OWN_TABLES)
+def test_a_table_of_ones_own_is_read_as_it_is_meant(name, content):
+    photos = [Path("mine/deep/er/pics/a b.jpg"), Path("mine/other/c.jpg")]
+    for i, path in enumerate(photos):
+        noise_photo(path, (30, 40), seed=i)
+    Path("mine", name).write_bytes(content)
+    _, captions = data.read_captions("mine")
+    assert [sentences for _, sentences in captions.values()] == [both for _, both in LISTS]
+    assert list(data.find_photos("mine", captions).values()) == photos
+
+
+def test_a_column_split_is_obeyed_in_the_words_of_others_too():
+    words = dict(train="train", restval="train", val="val", validation="val", dev="val", test="test")
+    rows = [(f"{i}.jpg", "a dog", split) for i, split in enumerate(words)]
+    Path("mine.csv").write_text(table(["image", "caption", "split"], ",", rows))
+    _, captions = data.read_captions(".")
+    assert [split for split, _ in captions.values()] == list(words.values())
+
+
+def test_leftovers_of_the_system_are_no_captions_and_no_photos(album):
+    whole = load(album)["train"]
+    for name in (".ipynb_checkpoints/0.jpg", "__MACOSX/images/._1.jpg", "images/._2.jpg", ".hidden/3.jpg"):
+        noise_photo(album / name, (20, 20), seed=99)
+    for name in ("Thumbs.db", "images/desktop.ini", "._dataset_flickr30k.json", ".captions.csv"):
+        (album / name).write_bytes(b"image,caption\n")
+    assert torch.equal(load(album)["train"].photos, whole.photos)
+
+
+def test_of_two_photos_of_one_name_none_is_taken_and_a_copy_is_no_second(album, capsys):
+    captions = data.read_captions(album)[1]
+    shutil.copytree(album / "images", album / "copies")
+    assert set(data.find_photos(album, captions)) == set(NAMES)
+    noise_photo(album / "masks/7.jpg", (60, 80), seed=99)
+    with pytest.raises(data.InputError, match="photo 7.jpg may be .*/7.jpg or .*masks/7.jpg") as error:
+        data.find_photos(album, captions)
+    assert len(str(error.value).splitlines()) == 1
+    named = {f"images/{name}": value for name, value in captions.items()}
+    assert data.find_photos(album, named)["images/7.jpg"] == album / "images/7.jpg"
+
+
+def test_two_tables_that_say_different_things_are_not_chosen_between():
+    noise_photo(Path("a.jpg"), (20, 20))
+    for name, caption in (("one.csv", "a dog"), ("two.csv", "a dog")):
+        Path(name).write_text(table(["image", "caption"], ",", [("a.jpg", caption)]))
+    assert data.read_captions(".")[1]["a.jpg"][1] == ["a dog"]
+    Path("two.csv").write_text(table(["image", "caption"], ",", [("a.jpg", "a cat")]))
+    with pytest.raises(data.InputError, match="one.csv and two.csv both hold captions, and not the same"):
+        data.read_captions(".")
+
+
+def test_forty_photos_of_ones_own_train_with_one_command_that_says_what_they_are_worth(capsys):
+    rows = [("image", "caption")] + [(f"{i}.jpg", f"photo number {i % 30}") for i in range(40)]
+    for i in range(40):
+        noise_photo(Path(f"mine/{i}.jpg"), (50, 60), seed=i)
+    write_rows("mine/captions.csv", rows)
+    flags = "--data mine --model tiny --tokenizer train --epochs 2 --device cpu"
+    assert clip.main(f"{flags} --resume".split()) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"batch     3\d: there are no more training photos", said)
+    assert re.search(r"val       \d photos, .*: too few to judge by, R@10 at chance is 100 %", said)
+    assert re.search(r"train     3\d photos, .* captions, \d of them another photo's too", said)
+    assert "new run   --resume finds none in runs/mine" in said
+    assert said.count(" step ") <= 1  # two steps
+
+
+def test_a_batch_that_would_fill_a_machine_without_a_gpu_is_refused_before_any_work(album, capsys):
+    assert clip.main(["--data", str(album), "--tokenizer", "train", "--device", "cpu"]) == 2
+    assert_one_error(capsys, "512 crops at once take some 15 GB")
+    assert not Path("cache").exists() and not Path("runs").exists()
+
+
+def test_a_photo_without_captions_is_no_hit_at_any_k():
+    similarity, owner = torch.tensor([[1.0, 0.5], [0.2, 0.9], [0.1, 0.1]]), torch.tensor([0, 1])
+    found = recall_at_k(similarity, owner, ks=(1, 10))
+    assert found == pytest.approx({"t2i_r1": 1, "t2i_r10": 1, "i2t_r1": 2 / 3, "i2t_r10": 2 / 3})
+
+
 @pytest.mark.parametrize("write", [karpathy, kaggle, hub, flickr8k])
 def test_200_mutated_captions_files_are_read_or_refused_in_one_line(write):
     write(Path())
@@ -1276,7 +1412,6 @@ def test_200_mutated_captions_files_are_read_or_refused_in_one_line(write):
         file.write_bytes(mutated(content, rng))
         try:
             _, found = data.read_captions(".")
-            data.find_photos(file, found)
         except data.InputError as error:
             refused += 1
             assert len(str(error).splitlines()) == 1
@@ -1346,19 +1481,20 @@ def test_200_mutated_photos_are_decoded_or_count_as_broken(form):
     rng, content, broken = random.Random(0), Path("good").read_bytes(), 0
     for _ in range(200):
         Path("1.jpg").write_bytes(mutated(content, rng))
-        photo = data.decode(Path("1.jpg"), 16)
+        photo, reason = data.decode(Path("1.jpg"), 16)
         broken += photo is None
-        assert photo is None or photo.shape == (16, 16, 3)
+        assert photo.shape == (16, 16, 3) if reason is None else len(reason.splitlines()) == 1
     assert 20 < broken < 200
 
 
 def test_a_damaged_or_missing_photo_is_named_and_left_out(album, capsys):
     replace_in_captions('"test"', '"train"')  # 100 to train on: one may be broken
     photo = album / "images/77.jpg"
-    for damage in (lambda: os.truncate(photo, 300), photo.unlink):
+    unreadable = "not to be read: 77.jpg (Truncated File Read)"
+    for damage, why in ((lambda: os.truncate(photo, 300), unreadable), (photo.unlink, "missing: 77.jpg")):
         damage()
         train = load(album)["train"]
-        assert "warning: left out, missing or not to be read: 77.jpg\n" in capsys.readouterr().err
+        assert f"warning: left out, {why}\n" in capsys.readouterr().err
         assert "77.jpg" not in train.names and len(train.names) == len(train.photos) == 99
         for row, caption in zip(train.owner, train.captions, strict=True):
             assert caption in CAPTIONS[train.names[row]]
@@ -2052,14 +2188,21 @@ def test_an_adapter_of_the_study_opens_in_peft_on_the_released_model(album):
     assert difference(expected, untrained) > 1e-3
 
 
-def test_a_zero_shot_class_is_where_the_mean_of_its_names_in_the_templates_points(capsys):
-    classes = ["red_fox", "cat", "dog", "a_b", "owl", "crow", "bee"]
+CLASSES = ["red_fox", "cat", "dog", "a_b", "owl", "crow", "bee"]
+
+
+def class_folders(folder):
+    """40 photos of noise in folders of 7 classes."""
     for i in range(40):
-        noise_photo(Path(f"photos/{classes[i % 7]}/{i}.png"), (60, 80), seed=i)
+        noise_photo(Path(folder, CLASSES[i % 7], f"{i}.png"), (60, 80), seed=i)
+
+
+def test_a_zero_shot_class_is_where_the_mean_of_its_names_in_the_templates_points(capsys):
+    class_folders(Path("photos"))
     tokenizer = data.train_tokenizer(["a red fox", "the cat and a dog", "owl crow bee"])
     model = small_model(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id).eval()
     templates, directions, ranks = ("a {}", "the {} here"), {}, []
-    for name in classes:
+    for name in CLASSES:
         prompts = [template.format(name.replace("_", " ")) for template in templates]
         mean = sum(model.encode_text(data.tokenize(tokenizer, [prompt], 16))[0] / 2 for prompt in prompts)
         directions[name] = mean / mean.norm()
@@ -2071,6 +2214,554 @@ def test_a_zero_shot_class_is_where_the_mean_of_its_names_in_the_templates_point
     assert 0 < top1 < top5 < 100
     assert finetune.classify(model, tokenizer, "photos", templates) == pytest.approx((top1, top5), abs=1e-4)
     assert f"7 classes  top-1 {top1:.1f}  top-5 {top5:.1f}  chance 14.3" in capsys.readouterr().out
+
+
+# --- Adapters that people bring --------------------------------------------------------------------------
+
+
+def peft_on(model, **options):
+    """peft's, with random A and B."""
+    theirs = peft.get_peft_model(model, peft.LoraConfig(**dict(target_modules=QKV) | options)).eval()
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return theirs
+
+
+def clip_pair():
+    """Their CLIPModel and ours with the same weights, and inputs of ours."""
+    theirs = shaken(hugging_face(OPENAI_SMALL)).eval()
+    ours = CLIP(OPENAI_SMALL).eval()
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours, (photos(4), captions([2, 5, 9, 16], 16))
+
+
+@torch.no_grad()
+def random_adapters(model):
+    for layer in lora.adapters(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.2)
+
+
+@pytest.mark.parametrize("alpha, r", [(6, 4), (5, 3), (1, 7)])
+def test_outputs_and_gradients_are_pefts_bit_for_bit_for_any_alpha(alpha, r):
+    base, _, (pixels, ids) = clip_pair()
+    theirs = peft_on(copy.deepcopy(base), r=r, lora_alpha=alpha)
+    lora.add_lora(base, r, alpha)
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            base.get_parameter(our_name(name)).data.copy_(parameter)
+    a, b = (m(pixel_values=pixels, input_ids=ids, return_loss=True) for m in (base, theirs))
+    assert difference(a.logits_per_image, b.logits_per_image) == 0
+    a.loss.backward()
+    b.loss.backward()
+    their_gradients = {our_name(name): gradient for name, gradient in gradients(theirs).items()}
+    assert difference(gradients(base), their_gradients) == 0
+
+
+def test_adapters_beside_a_bf16_base_are_fp32_and_give_what_peft_gives():
+    base, _, (pixels, ids) = clip_pair()
+    base.bfloat16()
+    theirs = peft_on(copy.deepcopy(base), r=4, lora_alpha=6)
+    lora.add_lora(base, 4, 6)
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            assert base.get_parameter(our_name(name)).dtype == parameter.dtype == torch.float32
+            base.get_parameter(our_name(name)).data.copy_(parameter)
+    found = their_logits(base, pixels.bfloat16(), ids)
+    assert found.dtype == torch.bfloat16
+    assert difference(found, their_logits(theirs, pixels.bfloat16(), ids)) == 0
+    lora.merge(base)
+    assert their_logits(base, pixels.bfloat16(), ids).dtype == torch.bfloat16
+    assert {p.dtype for name, p in base.named_parameters() if "lora_" not in name} == {torch.bfloat16}
+
+
+PATTERNS = {
+    "ranks": dict(rank_pattern={"q_proj": 2, "layers.1.self_attn.v_proj": 5}),
+    "alphas": dict(alpha_pattern={"text_model.*": 32, "v_proj": 3}),
+    "both, and rsLoRA": dict(
+        rank_pattern={"v_proj": 2}, alpha_pattern={"^vision_model.*proj": 9, "v_proj": 1}, use_rslora=True
+    ),
+}
+
+
+@pytest.mark.parametrize("options", PATTERNS.values(), ids=PATTERNS)
+def test_ranks_and_alphas_that_peft_gave_by_pattern_are_read_as_peft_does(options, tmp_path):
+    base, ours, inputs = clip_pair()
+    theirs = peft_on(base, r=4, lora_alpha=8, **options)
+    theirs.save_pretrained(tmp_path)
+    lora.load_adapter(ours, tmp_path)
+    assert difference(ours(*inputs), their_logits(theirs, *inputs)) < 1e-5
+
+
+# (r, alpha) of each tower
+SETTINGS = [((4, 8), (4, 32)), ((4, 16), (4, 8)), ((2, 8), (5, 8)), ((1, 6), (4, 3))]
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("vision, text", SETTINGS)
+def test_towers_adapted_otherwise_are_saved_as_one_that_opens_here_and_in_peft(
+    vision, text, rslora, tmp_path
+):
+    base, ours, inputs = clip_pair()
+    again = copy.deepcopy(ours)
+    lora.add_lora(ours.vision_model, *vision, use_rslora=rslora)
+    lora.add_lora(ours.text_model, *text, use_rslora=rslora)
+    random_adapters(ours)
+    lora.save_adapter(ours, tmp_path)
+    lora.load_adapter(again, tmp_path)
+    assert difference(again(*inputs), ours(*inputs)) == 0
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    assert difference(their_logits(theirs, *inputs), ours(*inputs)) < 3e-5
+
+
+@pytest.mark.parametrize("other", [dict(dropout=0.1), dict(use_rslora=True)], ids=["dropout", "rslora"])
+def test_what_pefts_file_can_not_say_of_each_layer_is_not_saved(other, tmp_path):
+    model = small_model()
+    lora.add_lora(model, 4, 8, targets=["vision_model"])
+    lora.add_lora(model, 4, 8, targets=["text_model"], **other)
+    with pytest.raises(ValueError, match="differ in dropout or rsLoRA"):
+        lora.save_adapter(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapting_the_second_tower_leaves_the_first_towers_adapters_trainable():
+    model = small_model()
+    first = lora.add_lora(model, 4, 8, targets=["vision_model"])
+    second = lora.add_lora(model, 2, 8, targets=["text_model"])
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(trainable) == 2 * (first + second) and all("lora_" in name for name in trainable)
+
+
+TOWER_CLASSES = [
+    "CLIPVisionModel",
+    "CLIPTextModel",
+    "CLIPVisionModelWithProjection",
+    "CLIPTextModelWithProjection",
+]
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+@pytest.mark.parametrize("name", TOWER_CLASSES)
+def test_an_adapter_of_one_tower_opens_on_the_whole_model(name, safe, tmp_path):
+    base, ours, (pixels, ids) = clip_pair()
+    tower = "vision" if "Vision" in name else "text"
+    config = getattr(base.config, f"{tower}_config")
+    config.projection_dim = OPENAI_SMALL.projection_dim
+    part = getattr(transformers, name)(config).eval()
+    own = {key.removeprefix(f"{tower}_model."): weight for key, weight in base.state_dict().items()}
+    own |= base.state_dict()
+    part.load_state_dict({key: own[key] for key in part.state_dict()})
+    alphas = {"encoder.layers.1.self_attn.v_proj": 3}
+    theirs = peft_on(part, r=3, lora_alpha=7, alpha_pattern=alphas)
+    theirs.save_pretrained(tmp_path)
+    if not safe:
+        torch.save(load_file(tmp_path / "adapter_model.safetensors"), tmp_path / "adapter_model.bin")
+        (tmp_path / "adapter_model.safetensors").unlink()
+    lora.load_adapter(ours, tmp_path)
+    assert all(key.startswith(f"{tower}_model.") for key in lora.adapters(ours))
+    given = pixels if tower == "vision" else ids
+    pooled = theirs.base_model.model(given)
+    if "Projection" in name:
+        expected = pooled.image_embeds if tower == "vision" else pooled.text_embeds
+        encode = ours.encode_image if tower == "vision" else ours.encode_text
+        expected = torch.nn.functional.normalize(expected, dim=-1)
+        assert difference(encode(given), expected) < 1e-5
+    else:
+        assert difference(getattr(ours, f"{tower}_model")(given), pooled.pooler_output) < 1e-5
+
+
+def test_an_adapter_of_a_tower_that_does_not_say_which_is_not_guessed(tmp_path):
+    model = small_model()
+    lora.add_lora(model, 4, 8)
+    lora.save_adapter(model.text_model, tmp_path)
+    with pytest.raises(ValueError, match="doesn't say for which: load it on one of model.vision_model"):
+        lora.load_adapter(small_model(text=replace(OPENAI_SMALL.vision)), tmp_path)
+    other = small_model()
+    lora.load_adapter(other.text_model, tmp_path)
+    assert len(lora.adapters(other)) == 6
+
+
+def test_one_named_adapter_opens_and_of_several_the_folders_are_named(tmp_path):
+    base, ours, inputs = clip_pair()
+    theirs = peft.get_peft_model(base, peft.LoraConfig(target_modules=QKV), adapter_name="mine").eval()
+    theirs.save_pretrained(tmp_path)
+    again = copy.deepcopy(ours)
+    lora.load_adapter(ours, tmp_path)
+    assert len(lora.adapters(ours)) == 15
+    theirs.add_adapter("other", peft.LoraConfig(target_modules=QKV))
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="2 adapters, give one: .*mine, .*other"):
+        lora.load_adapter(again, tmp_path)
+
+
+@torch.no_grad()
+def test_after_a_merge_another_adapter_goes_on_and_comes_off():
+    _, ours, inputs = clip_pair()
+    lora.add_lora(ours, 4, 8)
+    random_adapters(ours)
+    lora.merge(ours)
+    merged = ours(*inputs)
+    assert lora.add_lora(ours, 2, 6, targets=["q_proj", "fc1"]) == 10
+    assert {name.split(".")[-1] for name in lora.adapters(ours)} == {"q_proj", "fc1"}
+    assert difference(ours(*inputs), merged) == 0  # B = 0
+    random_adapters(ours)
+    lora.merge(ours)
+    assert difference(ours(*inputs), merged) > 1e-3
+    lora.unmerge(ours)
+    lora.set_strength(ours, 0)
+    assert difference(ours(*inputs), merged) < 1e-5
+
+
+# Of peft's settings, another value, whatever it does: those that may have it, and those refused.
+MAY_DIFFER = lora.OBEYED | lora.NO_MATTER
+SETTINGS_OF_PEFT = sorted(peft.LoraConfig().to_dict())
+
+
+def open_with(folder, **config):
+    model = small_model()
+    lora.add_lora(model, 4, 8)
+    lora.save_adapter(model, folder)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config, default=list))
+    lora.load_adapter(small_model(), folder)
+
+
+def test_an_adapter_with_all_of_pefts_defaults_opens(tmp_path):
+    config = peft.LoraConfig(r=4, lora_alpha=8).to_dict()
+    open_with(tmp_path, **config | {"peft_type": "LORA"})
+
+
+@pytest.mark.parametrize("name", [*(x for x in SETTINGS_OF_PEFT if x not in MAY_DIFFER), "of_tomorrow"])
+def test_every_setting_of_peft_that_is_not_known_here_is_refused_by_name(name, tmp_path):
+    default = peft.LoraConfig().to_dict().get(name)
+    odd = {bool: not default, dict: {"q_proj": 1}, type(None): [5], str: "other"}.get(type(default), 3)
+    if name == "init_lora_weights":
+        odd = "pissa"
+    with pytest.raises(ValueError, match=f"not plain LoRA: its {name} is"):
+        open_with(tmp_path, **{name: odd})
+
+
+def test_settings_that_may_differ_are_those_that_only_say_where_adapters_went_or_are_obeyed():
+    said = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+    about = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
+    off = {"megatron_core", "qalora_group_size", "inference_mode"}
+    obeyed = {"r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"}
+    assert said | about | off | obeyed == MAY_DIFFER
+
+
+TARGETS = {
+    "vision_model": 18,  # 3 blocks of 6
+    "text_model": 12,
+    "self_attn": 20,
+    "vision_model.encoder.layers.0": 6,
+    "all-linear": 32,  # and both projections
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_modules_name_takes_all_linears_in_it(target):
+    assert lora.add_lora(small_model(), 2, 4, targets=[target]) == TARGETS[target]
+
+
+def test_all_linear_is_what_peft_takes():
+    theirs = peft_on(hugging_face(OPENAI_SMALL), target_modules="all-linear")
+    found = {our_name(name).rpartition(".")[0] for name, _ in theirs.named_parameters() if "lora_A" in name}
+    model = small_model()
+    lora.add_lora(model, 2, 4, targets=["all-linear"])
+    assert set(lora.adapters(model)) == found
+
+
+def test_an_unknown_target_is_told_what_there_is():
+    said = "fc1, fc2, k_proj, out_proj, q_proj, text_projection, v_proj, visual_projection; "
+    said += "text_model, vision_model, all-linear"
+    with pytest.raises(ValueError, match=said):
+        lora.add_lora(small_model(), 2, 4, targets=["vision_model.*q_proj"])
+
+
+# --- Released weights ------------------------------------------------------------------------------------
+
+
+def with_tokens(folder, added=0, padded=0, legacy=False):
+    """A released folder whose tokenizer has tokens behind its end token, and its vocabulary none or some to
+    spare. Returns its model and inputs."""
+    config = replace(SPELLING, vocab_size=514 + added + padded)
+    theirs, _ = released_folder(folder, config)
+    tokenizer = data.train_tokenizer(["a b c"])
+    tokenizer.add_tokens(["<cat>", "<dog>"][:added])
+    tokenizer.save_pretrained(folder)
+    if legacy:
+        reconfigure(folder, eos_token_id=2)
+    theirs = transformers.CLIPModel.from_pretrained(folder).eval()
+    return theirs, (photos(3), data.tokenize(tokenizer, ["a dog", "the <cat> is here", "b"], 16).long())
+
+
+@pytest.mark.parametrize(
+    "added, padded, legacy", [(2, 0, 0), (2, 62, 0), (0, 64, 0), (0, 64, 1), (0, 0, 1), (0, 0, 0)]
+)
+def test_added_tokens_and_padded_vocabularies_give_transformers_logits(added, padded, legacy, tmp_path):
+    theirs, inputs = with_tokens(tmp_path, added, padded, legacy)
+    ours = finetune.from_pretrained(tmp_path)
+    assert ours.config.eos_token_id == 513
+    assert difference(ours(*inputs), their_logits(theirs, *inputs)) < 1e-5
+    finetune.check_tokenizer(ours, finetune.tokenizer_of(ours))
+
+
+def test_the_old_end_token_with_tokens_behind_it_is_refused_with_what_to_write(tmp_path):
+    with_tokens(tmp_path, added=1, legacy=True)
+    with pytest.raises(data.InputError, match="write 513 for the 2 in text_config"):
+        finetune.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "chinese_clip", "clip_text_model", "clip_vision_model", "bert"])
+def test_another_model_type_is_refused_by_name(kind, tmp_path):
+    released_folder(tmp_path, SPELLING)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": kind}))
+    with pytest.raises(data.InputError, match=f"model_type {kind}, not clip"):
+        finetune.from_pretrained(tmp_path)
+
+
+USES = {
+    "--classify": ["--classify", "classes"],
+    "--search": ["--search", "classes", "a dog"],
+    "training": ["--data", "photos", "--epochs", "1", "--r", "2", "--batch-size", "20", "--out", "out"],
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_without_a_tokenizer_the_advice_is_what_the_command_takes(use, album, capsys):
+    released_folder(Path("base"), SPELLING)
+    class_folders(Path("classes"))
+    Path("tokenizer").mkdir()
+    for file in Path("base").glob("*token*"):
+        file.rename(Path("tokenizer", file.name))
+    flags = ["--base", "base", "--device", "cpu", *USES[use]]
+    capsys.readouterr()
+    assert finetune.main(flags) == 2
+    assert_one_error(capsys, "no tokenizer in base: --tokenizer NAME gives")
+    assert finetune.main([*flags, "--tokenizer", "tokenizer"]) == 0
+    if use == "training":
+        config = json.loads(Path("out/r2-seed0/adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == "base"
+    other = data.train_tokenizer(["a dog"] * 9)  # two merges: another end token
+    other.save_pretrained("other")
+    shutil.rmtree("out", ignore_errors=True)
+    assert finetune.main([*flags, "--tokenizer", "other"]) == 2
+    assert_one_error(capsys, "is not the one of the model base")
+
+
+# --- Exports ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """(A model, the folder to which it was exported, a photo)."""
+    tokenizer = data.train_tokenizer(["two dogs in the snow"] * 3)
+    end = tokenizer.eos_token_id
+    model = shaken(CLIP(replace(OPENAI_SMALL, vocab_size=end + 1, eos_token_id=end))).eval()
+    finetune.save_pretrained(model, tmp_path / "out", tokenizer)
+    assert tokenizer.model_max_length > 1e6  # the caller's is as it was
+    noise_photo(tmp_path / "a.png", (60, 80), seed=0)
+    return model, tmp_path / "out", tmp_path / "a.png"
+
+
+QUERIES = ["two dogs", "dogs in the snow " * 9]  # of which the second is cut
+
+
+@torch.no_grad()
+def test_an_export_opens_in_the_classes_of_one_tower(exported):
+    model, folder, _ = exported
+    pixels, ids = photos(2), captions([3, 16], 16, model.config)
+    vision = transformers.CLIPVisionModelWithProjection.from_pretrained(folder).eval()
+    text = transformers.CLIPTextModelWithProjection.from_pretrained(folder).eval()
+    normalize = torch.nn.functional.normalize
+    assert difference(normalize(vision(pixels).image_embeds, dim=-1), model.encode_image(pixels)) < 1e-5
+    assert difference(normalize(text(ids).text_embeds, dim=-1), model.encode_text(ids)) < 1e-5
+
+
+@torch.no_grad()
+def test_an_export_is_called_as_diffusers_does(exported):
+    model, folder, _ = exported
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
+    text = transformers.CLIPTextModel.from_pretrained(folder).eval()
+    length = tokenizer.model_max_length
+    ids = tokenizer(QUERIES, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    assert ids.input_ids.tolist() == data.tokenize(tokenizer, QUERIES, 16).tolist()
+    assert difference(text(ids.input_ids).pooler_output, model.text_model(ids.input_ids)) < 1e-5
+
+
+@torch.no_grad()
+def test_an_export_is_called_as_sentence_transformers_does(exported):
+    model, folder, photo = exported
+    theirs = transformers.CLIPModel.from_pretrained(folder).eval()
+    processor = transformers.CLIPProcessor.from_pretrained(folder)
+    batch = processor(
+        text=QUERIES, images=[Image.open(photo)], padding=True, truncation=True, return_tensors="pt"
+    )
+    texts = theirs.get_text_features(batch["input_ids"], attention_mask=batch["attention_mask"])
+    images = theirs.get_image_features(batch["pixel_values"])
+    texts, images = (getattr(x, "pooler_output", x) for x in (texts, images))
+    normalize = torch.nn.functional.normalize
+    ids = data.tokenize(processor.tokenizer, QUERIES, 16)
+    assert difference(normalize(texts, dim=-1), model.encode_text(ids)) < 1e-5
+    pixels = data.normalize(torch.tensor(data.load_photo(photo, 40))[None])
+    assert difference(normalize(images, dim=-1), model.encode_image(pixels)) < 1e-5
+
+
+def with_a_head(model):
+    model.head = torch.nn.Linear(24, 3)
+
+
+def with_another_projection(model):
+    model.visual_projection = torch.nn.Linear(48, 20, bias=False)
+
+
+def without_a_projection(model):
+    model.text_projection = torch.nn.Identity()
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        (with_a_head, "head.bias"),
+        (with_another_projection, "visual_projection.weight"),
+        (without_a_projection, "text_projection.weight"),
+    ],
+)
+def test_a_model_that_is_not_as_clip_is_not_saved(change, name, tmp_path):
+    tokenizer = data.train_tokenizer(["a b c"])
+    model = CLIP(SPELLING)
+    change(model)
+    with pytest.raises(data.InputError, match=f"can't hold this model: {name} ") as error:
+        finetune.save_pretrained(model, tmp_path / "out", tokenizer)
+    assert len(str(error.value).splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+class Encoder(torch.nn.Module):
+    """One of a model's encoders, as a module to export."""
+
+    def __init__(self, model, name):
+        super().__init__()
+        self.model, self.name = model, name
+
+    def forward(self, x):
+        return getattr(self.model, self.name)(x)
+
+
+def encoders(causal):
+    """{name: (module, what it was exported with, dynamic dimensions, other inputs)}"""
+    model, batch = small_model(causal=causal).eval(), torch.export.Dim("batch")
+    length = torch.export.Dim("length", min=2, max=16)
+    return {
+        "image": (Encoder(model, "encode_image"), photos(2), {0: batch}, photos(5)),
+        "text": (
+            Encoder(model, "encode_text"),
+            captions([3, 9], 10),
+            {0: batch, 1: length},
+            captions([4, 7, 16], 16),
+        ),
+    }
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_torch_export_takes_any_batch_and_length(tower, causal):
+    module, x, dynamic, other = encoders(causal)[tower]
+    program = torch.export.export(module, (x,), dynamic_shapes=({**dynamic},)).module()
+    assert difference(program(other), module(other)) < 1e-6
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_onnx_takes_any_batch_and_length(tower, causal, tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    module, x, dynamic, other = encoders(causal)[tower]
+    file = tmp_path / "model.onnx"
+    torch.onnx.export(module, (x,), file, dynamo=True, dynamic_shapes=({**dynamic},), input_names=["x"])
+    session = runtime.InferenceSession(file)
+    (found,) = session.run(None, {session.get_inputs()[0].name: other.numpy()})
+    assert difference(torch.tensor(found), module(other)) < 1e-5
+
+
+# --- Classes and search ----------------------------------------------------------------------------------
+
+
+def leave_behind(folder):
+    """What Jupyter, macOS and Windows do."""
+    (folder / ".ipynb_checkpoints").mkdir()
+    noise_photo(folder / ".ipynb_checkpoints" / "0-checkpoint.png", (60, 80), seed=1)
+    (folder / "__MACOSX" / "cat").mkdir(parents=True)
+    (folder / "__MACOSX" / "0.png").write_bytes(b"\0\5\26\7")
+    for place in (folder, folder / "cat"):
+        for name in (".DS_Store", "._0.png", "Thumbs.db", "desktop.ini", "classes.txt"):
+            (place / name).write_bytes(b"junk")
+
+
+def fitting_model():
+    tokenizer = data.train_tokenizer(["a red fox", "the cat and a dog", "owl crow bee"])
+    words = dict(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    return small_model(**words).eval(), tokenizer
+
+
+def test_leftovers_of_the_system_are_no_classes_and_no_photos(tmp_path, capsys):
+    class_folders(tmp_path / "photos")
+    model, tokenizer = fitting_model()
+    clean = finetune.classify(model, tokenizer, "photos")
+    found = finetune.search(model, tokenizer, "photos", "a cat")
+    leave_behind(tmp_path / "photos")
+    capsys.readouterr()
+    assert finetune.classify(model, tokenizer, "photos") == clean
+    said = capsys.readouterr().out
+    assert "40 photos of 7 classes" in said
+    assert "left out  2 files that are no photos by their ending, as cat/classes.txt" in said
+    assert finetune.search(model, tokenizer, "photos", "a cat") == found
+
+
+def test_an_empty_class_folder_stays_a_candidate_and_is_said(tmp_path, capsys):
+    class_folders(tmp_path / "photos")
+    (tmp_path / "photos" / "zebra").mkdir()
+    finetune.classify(*fitting_model(), "photos")
+    said = capsys.readouterr().out
+    assert "no photos of zebra" in said and "of 8 classes" in said and "chance 12.5" in said
+
+
+def test_search_finds_the_photos_at_any_depth_by_their_cosine_with_the_query(tmp_path):
+    class_folders(tmp_path / "photos" / "deep" / "er")
+    noise_photo(tmp_path / "photos" / "0.png", (60, 80), seed=99)
+    model, tokenizer = fitting_model()
+    text, cosines = model.encode_text(data.tokenize(tokenizer, ["a red fox"], 16))[0], {}
+    for path in Path("photos").rglob("*.png"):
+        pixels = data.normalize(torch.tensor(data.load_photo(path, 40))[None])
+        cosines[path] = (model.encode_image(pixels)[0] @ text).item()
+    found = finetune.search(model, tokenizer, "photos", "a red fox", count=41)
+    assert [path for path, _ in found] == sorted(cosines, key=lambda path: -cosines[path])
+    assert [cosine for _, cosine in found] == pytest.approx(sorted(cosines.values(), reverse=True), abs=1e-5)
+
+
+@pytest.mark.parametrize("out", ["", "--out found"])
+def test_one_command_searches_and_draws(out, capsys):
+    released_folder(Path("base"), SPELLING)
+    class_folders(Path("photos"))
+    flags = ["--base", "base", "--device", "cpu", *out.split(), "--search"]
+    assert finetune.main([*flags, "photos", "two dogs in the $now"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if re.fullmatch(r" *-?\d\.\d{3}  photos/\w+/\d+\.png", line)]) == 8
+    Image.open(Path(out.removeprefix("--out "), "search.png")).load()
+    for folder, query, message in (("nowhere", "a", "no photos in nowhere"), ("photos", " ", "no query")):
+        assert finetune.main([*flags, folder, query]) == 2
+        assert_one_error(capsys, message)
+
+
+def test_the_studys_figure_has_a_panel_of_what_is_forgotten_where_the_base_has_data(tmp_path):
+    row = {"variant": "zero-shot", "trainable": 0, "lowest val loss": 3.0}
+    row |= {f"{name} {way}_r1": 9 for name in ("val", "test", "shapes val") for way in ("t2i", "i2t")}
+    rows = [row | {"variant": "r=4", "trainable": 10, "lowest val loss": 2.0}]
+    finetune.draw_study(tmp_path / "three.png", row, rows)
+    few = [{key: value for key, value in one.items() if "shapes" not in key} for one in (row, *rows)]
+    finetune.draw_study(tmp_path / "two.png", few[0], few[1:])
+    three, two = (Image.open(tmp_path / name).size for name in ("three.png", "two.png"))
+    assert three[0] == 1.5 * two[0] and three[1] == two[1]
 
 
 # --- Bad input -------------------------------------------------------------------------------------------
@@ -2131,27 +2822,40 @@ def cut_stores():
 
 
 KAGGLE, FLICKR8K, KARPATHY = "bad/results.csv", "bad/captions.txt", "bad/dataset_x.json"
-DEV = '{"images": [{"filename": "1", "split": "dev", "sentences": []}]}'
+EXTRA = '{"images": [{"filename": "1", "split": "extra", "sentences": []}]}'
 OLD, UTF_16 = "--out old --resume", "a| b".encode("utf-16")
 # (what is done, the flags, part of the message). The folder `photos` is whole, `old` is a run on it.
 BAD = (
-    (lambda: written(KAGGLE, ""), "--data bad", "holds no captions"),
-    (lambda: written(KAGGLE, "a,b\n1.jpg,a dog\n"), "--data bad", "this line is not `name.jpg| 0| caption`"),
-    (lambda: written(KAGGLE, UTF_16), "--data bad", "'utf-8' codec can't decode"),
-    (lambda: written(FLICKR8K, "image,caption\n1.jpg,a, b\n"), "--data bad", "more or fewer cells"),
+    (lambda: written(KAGGLE, ""), "--data bad", "begins with '', not with a header"),
+    (lambda: written(KAGGLE, "a,b\n1.jpg,a dog\n"), "--data bad", "begins with 'a,b', not with a"),
+    (lambda: written(KAGGLE, UTF_16), "--data bad", "begins with 'a| b', not with a header"),
+    (lambda: written(KAGGLE, b"a.jpg| 0| \xc3\xa9\n\xff"), "--data bad", "byte 0xff in line 2 is neither"),
+    (
+        lambda: written(FLICKR8K, "image,caption\n1.jpg,a, b\n"),
+        "--data bad",
+        "line 2 has 3 cells, the header 2",
+    ),
     (lambda: written(FLICKR8K, 'image,caption\n1.jpg,"a\n'), "--data bad", "unexpected end of data"),
-    (lambda: written(FLICKR8K, "photo,caption\n1.jpg,a\n"), "--data bad", "'image' is missing in it"),
-    (lambda: written(FLICKR8K, "image,caption\n../1.jpg,a\n"), "--data bad", "without folders"),
+    (lambda: written(FLICKR8K, "a,caption\n1.jpg,a\n"), "--data bad", "begins with 'a,caption', not with"),
+    (
+        lambda: written(FLICKR8K, "image,path,text\na,b,c\n"),
+        "--data bad",
+        "column image may be meant, or path",
+    ),
+    (
+        lambda: written(FLICKR8K, "image,caption\n../1.jpg,a\n"),
+        "--data bad",
+        "missing below bad, as ../1.jpg",
+    ),
     (lambda: written(KARPATHY, '{"images": ['), "--data bad", "Expecting value"),
     (lambda: written(KARPATHY, "[1, 2]"), "--data bad", "built in another way"),
-    (lambda: written(KARPATHY, DEV), "--data bad", "'dev', which"),
-    (None, "--data flickr30k", "give your copy with --data DIR, try --data shapes"),  # there is no network
+    (lambda: written(KARPATHY, EXTRA), "--data bad", "'extra', which"),
+    (None, "--data flickr30k", "give your copy with --data DIR, or try"),  # there is no network
     (None, "--data nowhere", "nowhere: no such folder"),
     (lambda: Path("empty").mkdir(), "--data empty", "empty: no captions in it"),
-    (lambda: replace_in_captions('"val"', '"train"'), "", "has no val photos"),
-    (pipes, "", "are missing or broken"),
+    (lambda: replace_in_captions('"val"', '"train"'), "", "there are no val photos: too few"),
+    (pipes, "", "10 of 120 photos are missing below photos, as 0.jpg; there is photos/images/10"),
     (cut_stores, "", "is damaged: delete it"),
-    (None, "--batch-size 81", "--batch-size 81 for 80 training photos"),
     (None, "--photos 81", "--photos 81: there are 80 to train on"),
     (None, "--photos -1", "--photos -1: give a number of photos, or 0 for all"),
     (None, "--lr nan", "--lr nan is not between"),
@@ -2161,7 +2865,7 @@ BAD = (
     (lambda: Path("new").touch(), "", "new: File exists"),
     (None, "--out old", "old holds a run"),
     (None, f"{OLD} --seed 5", "old can't be resumed: seed was 0"),
-    (lambda: replace_in_captions("said in", "told in"), OLD, "content was"),
+    (lambda: replace_in_captions("said in", "told in"), OLD, "photos, captions or tokenizer are others"),
     (lambda: os.truncate("old/checkpoint.pt", 1000), OLD, "missing, damaged or no checkpoint"),
     (lambda: torch.save({"model": 1}, "old/checkpoint.pt"), OLD, "damaged, older or of another model"),
 )
