@@ -495,6 +495,8 @@ def read_file(path):
 def read_captions(folder):
     """The captions file below a folder: (path, {name: (split, captions)}). Of several the first by rank_of
     whose photos are there. InputError without any, and for two of a rank that say different things."""
+    if Path(folder).is_file():
+        raise InputError(f"--data {folder} is a file: give the folder that holds it and the photos")
     if not Path(folder).is_dir():
         raise InputError(f"--data {folder}: no such folder; {' and '.join(DRAWN)} need none")
     files = list(files_below(folder))
@@ -515,8 +517,9 @@ def read_captions(folder):
             break
         captions, encoding = read_file(path)
         found = sum(bare(name) in here for name in captions)
-        # The share of its photos that are there; then their number, as Flickr30k has those of Flickr8k too.
-        fits = round(found / max(1, len(captions)), 2), found
+        # The share of its photos that are there; of Karpathy's files their number, too: Flickr30k has the
+        # photos of Flickr8k as well.
+        fits = round(found / max(1, len(captions)), 2), found if ranks[path] == 0 else 0
         if not chosen or fits > fit:
             chosen, fit, best, said = path, fits, captions, encoding
         elif (fits, ranks[path]) == (fit, ranks[chosen]) and captions != best:

@@ -1374,6 +1374,10 @@ def test_two_tables_that_say_different_things_are_not_chosen_between():
     Path("two.csv").write_text(table(["image", "caption"], ",", [("a.jpg", "a cat")]))
     with pytest.raises(data.InputError, match="one.csv and two.csv both hold captions, and not the same"):
         data.read_captions(".")
+    noise_photo(Path("b.jpg"), (20, 20))
+    Path("two.csv").write_text(table(["image", "caption"], ",", [("b.jpg", "a cat")]))  # as train and val
+    with pytest.raises(data.InputError, match="make one file of both, with a column split"):
+        data.read_captions(".")
 
 
 def test_forty_photos_of_ones_own_train_with_one_command_that_says_what_they_are_worth(capsys):
@@ -2852,6 +2856,7 @@ BAD = (
     (lambda: written(KARPATHY, EXTRA), "--data bad", "'extra', which"),
     (None, "--data flickr30k", "give your copy with --data DIR, or try"),  # there is no network
     (None, "--data nowhere", "nowhere: no such folder"),
+    (None, "--data photos/dataset_flickr30k.json", "dataset_flickr30k.json is a file: give the folder"),
     (lambda: Path("empty").mkdir(), "--data empty", "empty: no captions in it"),
     (lambda: replace_in_captions('"val"', '"train"'), "", "there are no val photos: too few"),
     (pipes, "", "10 of 120 photos are missing below photos, as 0.jpg; there is photos/images/10"),
