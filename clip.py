@@ -259,7 +259,7 @@ class CLIP(nn.Module):
         self.visual_projection = nn.Linear(config.vision.hidden_size, config.projection_dim, bias=False)
         self.text_projection = nn.Linear(config.text.hidden_size, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.empty(()))
-        self.source = None  # where its tokenizer is, for a model that was loaded
+        self.name = self.source = None  # of a model that was loaded: where it is, where its tokenizer is
         init_weights(self)
 
     def encode_image(self, pixels):

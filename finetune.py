@@ -95,7 +95,7 @@ def check_tokenizer(model, tokenizer):
     tokens = 1 + max(tokenizer.get_vocab().values())
     if tokenizer.eos_token_id != config.eos_token_id or tokens > config.vocab_size:
         raise InputError(
-            f"the tokenizer is not the one of the model {getattr(model, 'name', 'given')}: it has {tokens} "
+            f"the tokenizer is not the one of the model {model.name or 'given'}: it has {tokens} "
             f"tokens and ends with {tokenizer.eos_token_id}, the model {config.vocab_size} and "
             f"{config.eos_token_id}"
         )
@@ -263,7 +263,7 @@ def adapt(base, splits, recipe, run_dir, resume=False, compile=False):
     if is_main_process():
         data.draw_curve(run_dir / "curve.png", history, len(splits["val"].photos))
         if recipe.r:
-            lora.save_adapter(model, run_dir, getattr(base, "name", None))
+            lora.save_adapter(model, run_dir, base.name)
         else:  # then from_pretrained opens the folder
             data.save_tokenizer(data.load_tokenizer(base.source), run_dir)
     return model, history

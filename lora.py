@@ -90,7 +90,7 @@ def find_targets(model, targets):
     Linears in it, whole or the end of it; or "all-linear". ValueError for one that means none."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     chosen = {}
-    for target in targets:
+    for target in [targets] if isinstance(targets, str) else targets:
         # .a.b.c. holds .b. wherever b is a module or a Linear: its name from the left, or any part of it.
         found = [name for name in linears if target == "all-linear" or f".{target}." in f".{name}."]
         if not found:
@@ -292,24 +292,34 @@ def read_tensors(folder):
     return tensors
 
 
+def foreign_settings(config):
+    """Names of what a configuration has more than plain LoRA; the kind of the adapter first."""
+    foreign = []
+    for name in sorted(config, key=lambda name: name != "peft_type"):
+        plain = config[name] in PLAIN[name] if name in PLAIN else not config[name]
+        if name not in OBEYED | NO_MATTER and not plain:
+            foreign.append(name)
+    return foreign
+
+
 def read_adapter(folder):
     """(configuration, {"NAME.lora_A" or "NAME.lora_B": tensor}) of plain LoRA that peft or save_adapter
     wrote. ValueError for anything else."""
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
-        tensors = read_tensors(folder)
-        for name, kind in (("r", int), ("lora_alpha", float), ("lora_dropout", float)):
-            config[name] = kind(config[name])
-        for name, kind in (("rank_pattern", int), ("alpha_pattern", float)):
-            patterns = config.get(name) or {}
-            config[name] = {re.compile(rf"(.*\.)?({key})$"): kind(patterns[key]) for key in patterns}
+        foreign = foreign_settings(config)
+        if not foreign:
+            tensors = read_tensors(folder)
+            for name, kind in (("r", int), ("lora_alpha", float), ("lora_dropout", float)):
+                config[name] = kind(config[name])
+            for name, kind in (("rank_pattern", int), ("alpha_pattern", float)):
+                patterns = config.get(name) or {}
+                config[name] = {re.compile(rf"(.*\.)?({key})$"): kind(patterns[key]) for key in patterns}
     except Exception as error:  # safetensors and torch.load have their own kinds
         wrong = "a file is missing" if isinstance(error, FileNotFoundError) else "a file is damaged or odd"
         raise ValueError(f"{folder} holds no adapter that can be read: {wrong}") from error
-    for name, value in config.items():
-        plain = value in PLAIN[name] if name in PLAIN else not value
-        if name not in OBEYED | NO_MATTER and not plain:
-            raise ValueError(f"{folder} is not plain LoRA: its {name} is {value}")
+    if foreign:
+        raise ValueError(f"{folder} is not plain LoRA: its {foreign[0]} is {config[foreign[0]]}")
     short = {name.removeprefix("base_model.model.").removesuffix(".weight"): x for name, x in tensors.items()}
     return config, short
 

@@ -2445,6 +2445,15 @@ def test_every_setting_of_peft_that_is_not_known_here_is_refused_by_name(name, t
         open_with(tmp_path, **{name: odd})
 
 
+@pytest.mark.parametrize("kind", [peft.LoHaConfig, peft.IA3Config, peft.AdaLoraConfig])
+def test_an_adapter_of_another_kind_is_refused_by_its_kind(kind, tmp_path):
+    options = {"total_step": 10} if kind is peft.AdaLoraConfig else {}
+    options |= {"feedforward_modules": []} if kind is peft.IA3Config else {}
+    peft.get_peft_model(clip_pair()[0], kind(target_modules=QKV, **options)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"its peft_type is {kind.__name__.removesuffix('Config').upper()}"):
+        lora.load_adapter(CLIP(OPENAI_SMALL), tmp_path)
+
+
 def test_settings_that_may_differ_are_those_that_only_say_where_adapters_went_or_are_obeyed():
     said = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
     about = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
@@ -2465,6 +2474,10 @@ TARGETS = {
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_modules_name_takes_all_linears_in_it(target):
     assert lora.add_lora(small_model(), 2, 4, targets=[target]) == TARGETS[target]
+
+
+def test_one_target_may_be_given_as_it_is():
+    assert lora.add_lora(small_model(), 4, 8, targets="text_model") == 12  # 2 layers of 6
 
 
 def test_all_linear_is_what_peft_takes():
