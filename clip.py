@@ -285,7 +285,7 @@ class CLIP(nn.Module):
 def sines(places, C):
     """Sines and cosines of places (T,) at C / 2 wavelengths, (T, C): at neighbouring places they are alike
     (Vaswani et al. 2017, 3.5)."""
-    angles = places[:, None] * 10_000 ** -(torch.arange(C // 2) / (C // 2 - 1))
+    angles = places[:, None] * 10_000 ** -torch.linspace(0, 1, C // 2, device=places.device)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
