@@ -61,9 +61,9 @@ class LoRALinear(nn.Linear):
             return y
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.lora_A.dtype)
-        x = F.linear(self.dropout(x), self.lora_A)  # (..., r)
-        x = F.linear(x, self.lora_B) * self.scaling  # (..., out), in peft's order: rounded as there
-        return (y + x).to(y.dtype)
+        # peft scales what B gives. Scaled before B, where a token is r numbers, it costs next to nothing.
+        x = F.linear(self.dropout(x), self.lora_A) * self.scaling  # (..., r)
+        return (y + F.linear(x, self.lora_B)).to(y.dtype)  # (..., out)
 
     def delta(self):
         """What the adapter adds to the weight, (out, in)."""
