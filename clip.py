@@ -696,10 +696,8 @@ def parse_args(argv):
 
 def run(args):
     recipe, device = Recipe(**data.settings_of(args, Recipe)), data.open_device(args.device)
-    config, own = PRESETS[args.model], args.out / "tokenizer"
-    # A resumed run has its tokenizer: "train" would train another one.
-    tokenizer = own if args.resume and own.exists() else args.tokenizer
-    splits, tokenizer = data.open_data(args, device, tokenizer, config)
+    config = PRESETS[args.model]
+    splits, tokenizer = data.open_data(args, device, data.tokenizer_of_run(args), config)
     recipe = replace(recipe, batch_size=args.batch_size)  # smaller where there are fewer photos
     data.save_tokenizer(tokenizer, args.out)
     words = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}

@@ -9,12 +9,14 @@ G x G patches.
 """
 
 import argparse
+import ast
 import atexit
 import copy
 import csv
 import filecmp
 import functools
 import gc
+import glob
 import hashlib
 import io
 import itertools
@@ -54,6 +56,11 @@ def warn(text):
     """Prints a warning once, whatever the number of processes."""
     if is_main_process():
         print(f"warning: {text}", file=sys.stderr)
+
+
+def shown(path):
+    """A path as text that can be printed and drawn: bytes of a name that are no UTF-8 are question marks."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def in_words(error):
@@ -108,11 +115,14 @@ class Split:
     def tokens(self, rows, device, cut=False):
         """Ids of captions `rows`, (len(rows), T) int32; T is a multiple of 8 or all. cut: to the T that all
         but one caption in a thousand have room in, the same for each batch, as each T is compiled."""
-        lengths = self.lengths if cut else self.lengths[rows]
-        longest = int(lengths.float().quantile(0.999 if cut else 1.0, interpolation="lower"))
+        longest = self.usual_length if cut else int(self.lengths[rows].max())
         ids = self.ids[rows, : math.ceil(longest / 8) * 8]
         ids[:, -1] = self.ids[rows, -1]  # what is cut keeps its end token, which is also the padding
         return ids.to(device, non_blocking=True)
+
+    @functools.cached_property
+    def usual_length(self):
+        return int(self.lengths.float().quantile(0.999, interpolation="lower"))
 
 
 def make_split(names, photos, sentences, tokenizer, context, source=""):
@@ -361,6 +371,8 @@ TABLES = ".csv", ".tsv", ".txt", ".jsonl", ".token"
 PHOTO = "image", "photo", "name", "file_name", "filename", "filepath", "file_path", "path"
 PHOTO += "image_name", "image_path"
 CAPTION = "caption", "captions", "text", "title", "sentence", "comment", "raw"
+SPLITS = {"train": "train", "training": "train", "restval": "train", "test": "test"}
+SPLITS |= dict.fromkeys(["val", "valid", "validation", "dev"], "val")
 # How files begin that may have no header: Kaggle's results.csv, and the original *.token.
 KAGGLE, TOKEN = r"[^|]+\|\s*\d+\s*\|", r"[^\t]+#\d+\t"
 
@@ -381,9 +393,13 @@ def split_header(text):
     if re.match(TOKEN, first):
         return "\t", ["image", "caption"]
     if first.startswith("{"):
-        return "{", list(json.loads(first))
-    for delimiter in ",\t;|":
-        header = [name.strip(' "').lower().replace(" ", "_") for name in first.split(delimiter)]
+        headers = {"{": list(json.loads(first))}
+    else:
+        headers = {}
+        for delimiter in ",\t;|":
+            names = first.split(delimiter)
+            headers[delimiter] = [name.strip(' "').lower().replace(" ", "_") for name in names]
+    for delimiter, header in headers.items():
         if column(header, PHOTO) and column(header, CAPTION):
             return delimiter, header
     raise ValueError(
@@ -396,7 +412,9 @@ def table_rows(text):
     unquoted comma or a lost quote would cut a caption."""
     delimiter, header = split_header(text)
     if delimiter == "{":  # JSON has no line breaks within strings, so that these are the rows
-        yield from enumerate(json.loads(f"[{text.strip()}]".replace("\n", ",\n")), 1)
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                yield number, json.loads(line)
         return
 
     # Kaggle's and the original files know no quotes. One line of Kaggle's has lost its second bar:
@@ -412,12 +430,26 @@ def table_rows(text):
         for cells in reader:
             if plain and len(cells) > len(header):  # bars in a caption, which comes last, are its own
                 cells[len(header) - 1 :] = [delimiter.join(cells[len(header) - 1 :])]
-            if cells and len(cells) != len(header):
+            if not any(cell.strip() for cell in cells):  # spreadsheets leave such rows at the end
+                continue
+            if len(cells) != len(header):
                 raise ValueError(f"line {reader.line_num} has {len(cells)} cells, the header {len(header)}")
-            if cells:
-                yield reader.line_num, dict(zip(header, cells))
+            yield reader.line_num, dict(zip(header, cells))
     except csv.Error as error:
         raise ValueError(f"line {reader.line_num}: {error}") from error
+
+
+def read_list(cell):
+    """All captions of a photo, in one cell: a list as JSON has it or, in single quotes, Python (pandas)."""
+    try:
+        return json.loads(cell)
+    except ValueError:
+        if re.search(r"""["']\s+["']""", cell):  # numpy's: Python would make one caption of two
+            raise ValueError("a cell holds a list without commas") from None
+    try:
+        return ast.literal_eval(cell)
+    except SyntaxError:
+        raise ValueError("a cell holds a list that is not whole") from None
 
 
 def read_table(text):
@@ -428,10 +460,12 @@ def read_table(text):
         photo, caption, split = column(row, PHOTO), column(row, CAPTION), column(row, ["split"])
         if not photo or not caption or not str(row[photo]).strip():
             raise ValueError(f"line {number} has no photo or no caption")
-        sentences = row[caption]
-        if not isinstance(sentences, list):
-            is_list = re.match(r"""\[\s*["']""", sentences or "")
-            sentences = json.loads(sentences) if is_list else [sentences]
+        sentences = row[caption] or ""
+        if isinstance(sentences, str) and re.match(r"""\[\s*["']""", sentences):
+            sentences = read_list(sentences)
+        sentences = sentences if isinstance(sentences, list) else [sentences]
+        if not isinstance(row[photo], str | int) or not all(isinstance(x, str) for x in sentences):
+            raise ValueError(f"line {number}: its {photo} is no name, or its {caption} no text")
         # Some tables keep the `#0` of the original files.
         yield re.sub(r"(\.\w+)#\d+$", r"\1", str(row[photo]).strip()), split and row[split], sentences
 
@@ -442,17 +476,21 @@ def read_karpathy(text):
         yield image["filename"], image["split"], [sentence["raw"] for sentence in image["sentences"]]
 
 
-def rank_of(path):
-    """How far behind others a captions file stands, or None for none: published splits come first."""
-    if path.match("dataset_*.json"):
-        return 0
+def read_text(path):
+    """The text of a file, without the line `sep=;` that Excel writes before a table, and its encoding."""
+    text, encoding = decode_text(path.read_bytes())
+    return re.sub(r"\Asep=.\r?\n", "", text), encoding
+
+
+def is_table(path):
+    """Whether a file is a table of captions, by its ending and its first line."""
     if path.suffix.lower() not in TABLES or "lemma" in path.name:
-        return None  # Flickr8k.lemma.token.txt has the captions in basic forms of their words
+        return False  # Flickr8k.lemma.token.txt has the captions in basic forms of their words
     try:
-        _, header = split_header(decode_text(path.read_bytes())[0])
+        split_header(read_text(path)[0])
     except ValueError:
-        return None
-    return 1 if "split" in header else {"results.csv": 2, "captions.txt": 3}.get(path.name, 4)
+        return False
+    return True
 
 
 def split_by_name(names):
@@ -468,16 +506,16 @@ def split_by_name(names):
 
 
 def read_file(path):
-    """A captions file to ({photo: (split, captions)}, its encoding), in the order of the file. InputError for
-    a file that isn't whole, or of another form."""
+    """A captions file to ({photo: (split or None, captions)}, its encoding), in the order of the file.
+    InputError for a file that isn't whole, or of another form."""
     photos = {}
     try:
-        text, encoding = decode_text(path.read_bytes())
-        for name, split, sentences in (read_karpathy if path.suffix == ".json" else read_table)(text):
+        text, encoding = read_text(path)
+        for name, said, sentences in (read_karpathy if path.suffix == ".json" else read_table)(text):
             name = str(PurePosixPath(str(name).replace("\\", "/")))
-            split = split and {"restval": "train", "validation": "val", "dev": "val"}.get(split, split)
-            if split not in (None, "train", "val", "test"):
-                raise ValueError(f"{name} is put into {split!r}, which is none of train, val and test")
+            split = SPLITS.get(str(said or "").strip().lower())
+            if said and str(said).strip() and not split:
+                raise ValueError(f"{name} is put into {said!r}, which is none of train, val and test")
             before, kept = photos.setdefault(name, (split, []))
             if split != before:
                 raise ValueError(f"{name} is in {before} and in {split}")
@@ -486,50 +524,81 @@ def read_file(path):
         raise InputError(f"{path} can't be read: it is built in another way than its name says") from error
     except ValueError as error:
         raise InputError(f"{path} can't be read: {in_words(error)}") from error
+    return {name: part for name, part in photos.items() if part[1]}, encoding
 
-    photos = {name: part for name, part in photos.items() if part[1]}
-    by_name = split_by_name([name for name, (split, _) in photos.items() if split is None])
-    return {name: (split or by_name[name], own) for name, (split, own) in photos.items()}, encoding
+
+def read_files(paths):
+    """{path: what read_file gave}. The metadata.csv of folders train, validation and test (the form of
+    datasets' imagefolder) are one table: a name gets its folder before it, and without a split its split."""
+    read, first = {}, None
+    for path in paths:
+        captions, encoding = read_file(path)
+        folder = path.parent.name
+        if path.stem != "metadata" or folder.lower() not in SPLITS:
+            read[path] = captions, encoding
+            continue
+        first = first or path
+        whole, _ = read.setdefault(first, ({}, encoding))
+        for name, (split, own) in captions.items():
+            whole[f"{folder}/{name}"] = split or SPLITS[folder.lower()], own
+    return read
+
+
+def same_captions(some, others):
+    """Whether the smaller of two tables is a part of the other, but for case, spaces and punctuation."""
+
+    def letters(captions):
+        return {bare(name): sorted(re.sub(r"\W", "", x).lower() for x in own) for name, (_, own) in captions}
+
+    few, many = sorted((letters(some.items()), letters(others.items())), key=len)
+    return all(many.get(name) == own for name, own in few.items())
 
 
 def read_captions(folder):
-    """The captions file below a folder: (path, {name: (split, captions)}). Of several the first by rank_of
-    whose photos are there. InputError without any, and for two of a rank that say different things."""
+    """The captions below a folder: (path of their file, {name: (split, captions)}). Published splits come
+    first, dataset_*.json half of whose photos are there; then tables, that with a column split, that of most
+    photos. InputError without any, and for tables that say different things."""
     if Path(folder).is_file():
         raise InputError(f"--data {folder} is a file: give the folder that holds it and the photos")
     if not Path(folder).is_dir():
         raise InputError(f"--data {folder}: no such folder; {' and '.join(DRAWN)} need none")
     files = list(files_below(folder))
-    ranks = {path: rank_of(path) for path in files}
-    ranked = sorted((path for path in files if ranks[path] is not None), key=ranks.get)
-    if not ranked:
-        tables = [path for path in files if path.suffix.lower() in TABLES]
-        for path in sorted(
-            tables, key=lambda path: (path.suffix.lower() == ".txt", "caption" not in path.name)
-        ):
+    published = [path for path in files if path.match("dataset_*.json")]
+    tables = [path for path in files if is_table(path)]
+    if not published and not tables:
+        others = [path for path in files if path.suffix.lower() in TABLES]
+        others.sort(key=lambda path: (path.suffix.lower() == ".txt", "caption" not in path.name))
+        for path in others:
             read_file(path)  # says what is wrong with it
         raise InputError(f"--data {folder}: no captions in it, neither dataset_*.json nor a table")
 
     here = {bare(path.name) for path in files}
-    chosen, fit = None, (0, 0)
-    for path in ranked:
-        if chosen and fit[0] > 0.99 and ranks[path] > ranks[chosen]:
-            break
-        captions, encoding = read_file(path)
-        found = sum(bare(name) in here for name in captions)
-        # The share of its photos that are there; of Karpathy's files their number, too: Flickr30k has the
-        # photos of Flickr8k as well.
-        fits = round(found / max(1, len(captions)), 2), found if ranks[path] == 0 else 0
-        if not chosen or fits > fit:
-            chosen, fit, best, said = path, fits, captions, encoding
-        elif (fits, ranks[path]) == (fit, ranks[chosen]) and captions != best:
-            both = f"{chosen} and {path} both hold captions, and not the same"
+
+    def found(captions):
+        return sum(bare(name) in here for name in captions)
+
+    def fitting(paths, share):
+        read = read_files(paths)
+        return {path: read[path] for path in read if found(read[path][0]) > share * len(read[path][0])}
+
+    def worth(path):
+        captions, _ = read[path]
+        return any(split for split, _ in captions.values()), found(captions), -len(captions)
+
+    read = fitting(published, 1 / 2) or fitting(tables, 0) or read_files([*published, *tables][:1])
+    chosen = max(read, key=worth)
+    for other in read:
+        # Not of published ones, which have photos in common: Flickr30k those of Flickr8k.
+        if chosen not in published and not same_captions(read[chosen][0], read[other][0]):
+            both = f"{min(chosen, other)} and {max(chosen, other)} both hold captions, and not the same"
             raise InputError(f"{both}: move one of them away, or make one file of both, with a column split")
-    if not best:
+    captions, encoding = read[chosen]
+    if not captions:
         raise InputError(f"{chosen} holds no captions")
-    others = [str(path) for path in ranked if path != chosen]
-    print(f"captions  {chosen}, {said}" + (f"; not used: {', '.join(others)}" if others else ""))
-    return chosen, best
+    others = [shown(path) for path in (*published, *tables) if path != chosen]
+    print(f"captions  {shown(chosen)}, {encoding}" + (f"; not used: {', '.join(others)}" if others else ""))
+    by_name = split_by_name([name for name, (split, _) in captions.items() if not split])
+    return chosen, {name: (split or by_name[name], own) for name, (split, own) in captions.items()}
 
 
 # --- Photos ------------------------------------------------------------------------------------------
@@ -559,7 +628,20 @@ def load_photo(path, size):
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-ENDINGS = ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"
+ENDINGS = (
+    ".jpg",
+    ".jpeg",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".avif",
+    ".heic",
+    ".heif",
+)
 
 
 def bare(name):
@@ -621,7 +703,7 @@ def find_photos(folder, names):
     if moved:
         warn(f"{len(moved)} photos lie in other folders than the captions say, as {found[moved[0]]}")
     if others:
-        print(f"photos    {len(found):,} have captions; {len(others):,} have none, as {others[0]}")
+        print(f"photos    {len(found):,} have captions; {len(others):,} have none, as {shown(others[0])}")
     return found
 
 
@@ -635,6 +717,9 @@ def atomic(path):
     """Yields a temporary path to write, a file or a folder. At the end of the block it becomes `path`, which
     is there whole or not at all; after an error it is removed. InputError where it can't be written."""
     path = Path(path)
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):  # of a process that was killed
+        if stale.is_file() and time.time() - stale.stat().st_mtime > 86_400:
+            stale.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield temporary
@@ -883,6 +968,24 @@ def load_tokenizer(name):
     if len(tokenizer) <= 3:  # an empty one is what no folder gives, offline
         raise InputError(missing)
     return tokenizer
+
+
+def check_same_tokenizer(source, run_dir):
+    """InputError where `source` is another tokenizer than the run's own: other ids of its own words."""
+    own, other = load_tokenizer(Path(run_dir) / "tokenizer"), load_tokenizer(source)
+    words = " ".join(own.get_vocab()).replace("</w>", "")
+    if own(words)["input_ids"] != other(words)["input_ids"]:
+        raise InputError(f"{source} is not the tokenizer of {run_dir}: leave --tokenizer out, it has its own")
+
+
+def tokenizer_of_run(args):
+    """--tokenizer, or, where a run is resumed, its own: `train` would train another one."""
+    own = args.out / "tokenizer"
+    if not (args.resume and own.exists()):
+        return args.tokenizer
+    if Path(args.tokenizer).exists():
+        check_same_tokenizer(args.tokenizer, args.out)
+    return own
 
 
 def tokenize(tokenizer, captions, context=77):

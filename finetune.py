@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import nn
 
 import clip
@@ -37,6 +36,8 @@ from data import InputError, is_main_process, setting
 def load_run(run_dir, epoch="best"):
     """The model of a run of clip.py: its running mean at the "best" epoch or the "last"; or as "trained"."""
     state = data.load_checkpoint(run_dir)
+    if epoch not in ("best", "last", "trained"):
+        raise InputError(f"epoch is {epoch!r}: a run has best, last and trained")
     try:
         towers = {name: TowerConfig(**state["model"].pop(name)) for name in ("vision", "text")}
         model = CLIP(CLIPConfig(**towers, **state["model"]))
@@ -148,9 +149,12 @@ def from_pretrained(name_or_dir, epoch="best", tokenizer=None):
     tokenizer: the folder or hub name of its tokenizer, where that isn't beside the weights.
     InputError where there is no whole CLIP, or one with NaN.
     """
-    is_run = (Path(name_or_dir) / data.CHECKPOINT).exists()
-    beside = tokenizer or name_or_dir
-    model = load_run(name_or_dir, epoch) if is_run else load_released(name_or_dir, beside)
+    if (Path(name_or_dir) / data.CHECKPOINT).exists():
+        model = load_run(name_or_dir, epoch)
+        if tokenizer:
+            data.check_same_tokenizer(tokenizer, name_or_dir)
+    else:
+        model = load_released(name_or_dir, tokenizer or name_or_dir)
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise InputError(f"{name_or_dir} holds NaN or infinity: fetch or train it again")
     model.name, model.source = str(name_or_dir), tokenizer or model.source
@@ -275,15 +279,15 @@ def adapt(base, splits, recipe, run_dir, resume=False, compile=False):
 
 def photos_below(folder):
     """{name: path} of the photos at any depth, without leftovers; other files are left out, and said so."""
-    photos, others, endings = {}, [], {"", *Image.registered_extensions()}
+    photos, others = {}, []
     for path in data.files_below(folder) if Path(folder).is_dir() else ():
         name = path.relative_to(folder).as_posix()
-        if path.suffix.lower() in endings:
+        if path.suffix.lower() in data.ENDINGS:
             photos[name] = path
         else:
             others.append(name)
     if others:
-        print(f"left out  {len(others)} files that are no photos by their ending, as {others[0]}")
+        print(f"left out  {len(others)} files that are no photos by their ending, as {data.shown(others[0])}")
     return photos
 
 
@@ -300,13 +304,21 @@ PROMPTS = "a photo of a {}", "a photo of the {}", "a cropped photo of a {}", "a 
 
 
 def classify(model, tokenizer, folder, templates=PROMPTS):
-    """Top-1 and top-5 accuracy, in percent, on photos folder/CLASS/* (`_` in CLASS is a space). InputError
-    without any. A class is the mean of its name's embeddings over the templates (CLIP's paper, 3.1.4)."""
+    """Top-1 and top-5 accuracy, in percent, on the photos in folder/CLASS and below (`_` in CLASS is a
+    space). A class is the mean of its name's embeddings over the templates (CLIP's paper, 3.1.4). InputError
+    for no photos, or a template without {}."""
+    templates = [templates] if isinstance(templates, str) else templates
+    for template in templates:
+        if "{}" not in template:
+            raise InputError(f"the template {template!r} has no {{}} where the name of the class goes")
     below = photos_below(folder)
-    photos = {name: path for name, path in below.items() if name.count("/") == 1}
+    photos = {name: path for name, path in below.items() if "/" in name}
+    outside = [name for name in below if name not in photos]
     if not photos:
-        there = f", not {next(iter(below))}" if below else ""
+        there = f", not {data.shown(outside[0])}" if outside else ""
         raise InputError(f"no photos in {folder}: each class is a folder there, with its photos{there}")
+    if outside:
+        print(f"left out  {len(outside)} photos in no class, as {data.shown(outside[0])}")
     folders = [path for path in Path(folder).iterdir() if path.is_dir()]
     classes = sorted(path.name for path in folders if not data.is_leftover(path))
     prompts = [template.format(name.replace("_", " ")) for name in classes for template in templates]
@@ -330,6 +342,8 @@ def classify(model, tokenizer, folder, templates=PROMPTS):
 def search(model, tokenizer, folder, query, count=8):
     """The photos at any depth of a folder that fit a query best: [(path, cosine)], the best first. InputError
     for no photos or no query."""
+    if count < 1:
+        raise InputError(f"count is {count}: how many photos, 1 at least")
     photos = photos_below(folder)
     if not photos:
         raise InputError(f"no photos in {folder}, nor in its folders")
@@ -351,7 +365,7 @@ def draw_search(path, query, found):
         axes.axis("off")
     for axes, (photo, cosine) in zip(grid, found):
         axes.imshow(data.load_photo(photo, 224))
-        axes.set_title(f"{cosine:.3f}  {photo.name[-24:]}", fontsize=9, parse_math=False)
+        axes.set_title(f"{cosine:.3f}  {data.shown(photo.name)[-24:]}", fontsize=9, parse_math=False)
     data.save_figure(figure, path)
 
 
@@ -520,7 +534,7 @@ def run(args):
     if args.search:
         found = search(base, tokenizer, *args.search)
         for photo, cosine in found:
-            print(f"{cosine:6.3f}  {photo}")
+            print(f"{cosine:6.3f}  {data.shown(photo)}")
         args.picture.parent.mkdir(parents=True, exist_ok=True)
         draw_search(args.picture, args.search[1], found)
         print(f"done      {args.picture}")

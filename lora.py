@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -109,9 +110,12 @@ def find_targets(model, targets):
 def check_setting(r, alpha, dropout):
     """ValueError for r < 1, alpha <= 0 or dropout outside [0, 1)."""
     if not (isinstance(r, int) and r >= 1):
-        raise ValueError(f"r is {r}: the rank of an adapter is a whole number, 1 at least")
-    if not (0 < alpha < math.inf and 0 <= dropout < 1):
-        raise ValueError(f"alpha is {alpha} and dropout {dropout}: alpha > 0 and 0 <= dropout < 1 are needed")
+        raise ValueError(f"r is {r!r}: the rank of an adapter is a whole number, 1 at least")
+    numbers = all(isinstance(x, int | float) for x in (alpha, dropout))
+    if not (numbers and 0 < alpha < math.inf and 0 <= dropout < 1):
+        raise ValueError(
+            f"alpha is {alpha!r} and dropout {dropout!r}: alpha > 0 and 0 <= dropout < 1 are needed"
+        )
 
 
 def insert(model, ranks_and_alphas, dropout, use_rslora):
@@ -257,6 +261,8 @@ def save_adapter(model, folder, base=None):
         save_file(tensors, path, {"format": "pt"})
         path.chmod(0o644)  # safetensors lets nobody else read it
 
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: an adapter is a folder with two of them")
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / "adapter_model.safetensors", save_tensors)
     write(folder / "adapter_config.json", lambda path: path.write_text(json.dumps(config, indent=1)))
@@ -305,21 +311,34 @@ def foreign_settings(config):
 def read_adapter(folder):
     """(configuration, {"NAME.lora_A" or "NAME.lora_B": tensor}) of plain LoRA that peft or save_adapter
     wrote. ValueError for anything else."""
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file: give the folder of the adapter, which holds two")
     try:
-        config = json.loads((folder / "adapter_config.json").read_text())
+        config = json.loads((folder / "adapter_config.json").read_text("utf-8-sig"))
         foreign = foreign_settings(config)
-        if not foreign:
-            tensors = read_tensors(folder)
-            for name, kind in (("r", int), ("lora_alpha", float), ("lora_dropout", float)):
-                config[name] = kind(config[name])
-            for name, kind in (("rank_pattern", int), ("alpha_pattern", float)):
-                patterns = config.get(name) or {}
-                config[name] = {re.compile(rf"(.*\.)?({key})$"): kind(patterns[key]) for key in patterns}
+        tensors = {} if foreign else read_tensors(folder)
     except Exception as error:  # safetensors and torch.load have their own kinds
         wrong = "a file is missing" if isinstance(error, FileNotFoundError) else "a file is damaged or odd"
         raise ValueError(f"{folder} holds no adapter that can be read: {wrong}") from error
     if foreign:
         raise ValueError(f"{folder} is not plain LoRA: its {foreign[0]} is {config[foreign[0]]}")
+    kinds = {
+        "r": int,
+        "lora_alpha": float,
+        "lora_dropout": float,
+        "rank_pattern": int,
+        "alpha_pattern": float,
+    }
+    for name, kind in kinds.items():
+        said = config.get(name)
+        try:
+            if name.endswith("pattern"):
+                patterns = (said or {}).items()
+                config[name] = {re.compile(rf"(.*\.)?({key})$"): kind(value) for key, value in patterns}
+            else:
+                config[name] = kind(said)
+        except (TypeError, ValueError, AttributeError, re.error) as error:
+            raise ValueError(f"{folder} holds no adapter that can be read: its {name} is {said}") from error
     short = {name.removeprefix("base_model.model.").removesuffix(".weight"): x for name, x in tensors.items()}
     return config, short
 
@@ -350,7 +369,8 @@ def part_of(model, config, names, folder):
 def load_adapter(model, folder):
     """Inserts the adapters of `folder`, on the Linears that its tensors name. ValueError, and nothing is
     changed, where a file is damaged, a tensor has no Linear, another shape or a NaN, where the kind is not
-    plain LoRA, or such a Linear has an adapter already, unmerged."""
+    plain LoRA, or such a Linear has an adapter already, unmerged. A warning where it was trained on a model
+    of another name, which may have other weights."""
     folder = find_adapter(Path(folder))
     config, tensors = read_adapter(folder)
     names = list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
@@ -377,5 +397,9 @@ def load_adapter(model, folder):
             raise ValueError(f"{folder} holds NaN or infinity in {name}")
     if not tensors:
         raise ValueError(f"{folder} holds no adapter that can be read: it has no tensors")
+    trained_on = config.get("base_model_name_or_path")
+    name = getattr(model, "name", None) or getattr(model, "name_or_path", None)  # ours, or Hugging Face's
+    if trained_on and name and str(trained_on) != name:
+        warnings.warn(f"{folder} was trained on {trained_on}, and this model is {name}", stacklevel=2)
     insert(model, ranks_and_alphas, config["lora_dropout"], bool(config.get("use_rslora")))
     model.load_state_dict({prefix + name: tensor for name, tensor in tensors.items()}, strict=False)

@@ -27,10 +27,12 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -1205,6 +1207,7 @@ HIDDEN = torch.nn.MultiheadAttention(8, 2)  # its out_proj is a Linear that isn'
 BAD_LORA = {
     "r = 0": (lambda: adapted(r=0), "r is 0"),
     "dropout = 1": (lambda: adapted(dropout=1.0), "dropout 1.0"),
+    "alpha as text": (lambda: adapted(alpha="8"), "alpha is '8'"),
     "half a name": (lambda: adapted(targets=["proj"]), "no plain Linear of the model is called 'proj'"),
     "a hidden Linear": (lambda: lora.add_lora(HIDDEN, 2, 4, targets=["out_proj"]), "no plain Linear"),
     "no targets": (lambda: adapted(targets=[]), "no targets"),
@@ -1220,7 +1223,11 @@ BAD_LORA = {
     "load twice": (lambda: loaded(model=adapted()), "has adapters already"),
     "load PiSSA": (lambda: loaded(init_lora_weights="pissa"), "init_lora_weights is pissa"),
     "load DoRA": (lambda: loaded(use_dora=True), "its use_dora is True"),
-    "load alpha as a word": (lambda: loaded(lora_alpha="big"), "can be read"),
+    "load alpha as a word": (lambda: loaded(lora_alpha="big"), "can be read: its lora_alpha is big"),
+    "load no alpha": (lambda: loaded(lora_alpha=None), "can be read: its lora_alpha is None"),
+    "load a broken pattern": (lambda: loaded(rank_pattern={"(": 2}), "its rank_pattern is {'(': 2}"),
+    "load a file": (lambda: lora.load_adapter(small_model(), __file__), "is a file: give the folder"),
+    "save onto a file": (lambda: lora.save_adapter(adapted(), __file__), "is a file: an adapter is a folder"),
 }
 
 
@@ -1264,6 +1271,7 @@ def test_line_breaks_and_odd_separators_inside_a_caption_stay_inside_it():
     _, found = data.read_captions(".")
     one_line = 'a "dog", it runs and barks | loud and clear'
     assert found["1.jpg"][1] == [one_line] and found["2.jpg"][1] == ["a cat"]
+    Path("captions.txt").unlink()
     Path("results.csv").write_text("name| number| comment\n1.jpg| 0| a dog\u2028runs | on\n")
     assert data.read_captions(".")[1]["1.jpg"][1] == ["a dog runs | on"]
 
@@ -1328,6 +1336,22 @@ OWN_TABLES = {
         "mine.csv",
         table(["image", "caption"], ",", [(name[:-4], c) for name, c in ROWS]).encode(),
     ),
+    "phones' photos, converted": (
+        "mine.csv",
+        table(["image", "caption"], ",", [(f"{name[:-4]}.HEIC", c) for name, c in ROWS]).encode(),
+    ),
+    "Python's lists": (
+        "mine.csv",
+        table(["image", "caption"], ",", [(name, str(both)) for name, both in LISTS]).encode(),
+    ),
+    "Excel's": (
+        "mine.csv",
+        ("sep=;\r\n" + table(["image", "caption"], ";") + ";\r\n;\r\n").encode("utf-8-sig"),
+    ),
+    "blank lines": (
+        "all.jsonl",
+        "\n\n".join(json.dumps({"image": name, "captions": both}) for name, both in LISTS).encode(),
+    ),
 }
 
 
@@ -1344,6 +1368,7 @@ def test_a_table_of_ones_own_is_read_as_it_is_meant(name, content):
 
 def test_a_column_split_is_obeyed_in_the_words_of_others_too():
     words = dict(train="train", restval="train", val="val", validation="val", dev="val", test="test")
+    words |= dict(Train="train", training="train", valid="val")
     rows = [(f"{i}.jpg", "a dog", split) for i, split in enumerate(words)]
     Path("mine.csv").write_text(table(["image", "caption", "split"], ",", rows))
     _, captions = data.read_captions(".")
@@ -1383,6 +1408,71 @@ def test_two_tables_that_say_different_things_are_not_chosen_between():
     Path("two.csv").write_text(table(["image", "caption"], ",", [("b.jpg", "a cat")]))  # as train and val
     with pytest.raises(data.InputError, match="make one file of both, with a column split"):
         data.read_captions(".")
+
+
+def test_a_table_that_names_a_lost_photo_does_not_lose_to_an_old_one_of_those_that_are_there():
+    for i in range(150):
+        noise_photo(Path(f"{i}.jpg"), (20, 20))
+    rows = [(f"{i}.jpg", f"a dog {i}") for i in range(151)]
+    Path("captions.csv").write_text(table(["image", "caption"], ",", rows))
+    assert len(data.read_captions(".")[1]) == 151
+    Path("old.csv").write_text(table(["image", "caption"], ",", [(f"{i}.jpg", "a cat") for i in range(99)]))
+    with pytest.raises(data.InputError, match="captions.csv and old.csv both hold captions"):
+        data.read_captions(".")
+    Path("old.csv").write_text(
+        table(["image", "caption"], ",", [("150.jpg", "a dog 150"), ("1.jpg", "a cat")])
+    )
+    with pytest.raises(data.InputError, match="both hold captions"):  # a part of it, but for one caption
+        data.read_captions(".")
+    Path("old.csv").write_text(
+        table(["image", "caption"], ",", [("1.jpg", "A dog 1."), ("2.jpg", "a dog 2")])
+    )
+    assert len(data.read_captions(".")[1]) == 151
+
+
+def test_a_table_of_train_and_one_of_val_are_not_chosen_between_whatever_their_names():
+    for name, photo in (("captions.txt", "a.jpg"), ("val.csv", "b.jpg")):
+        noise_photo(Path(photo), (20, 20))
+        Path(name).write_text(table(["image", "caption"], ",", [(photo, "a dog")]))
+    with pytest.raises(data.InputError, match="make one file of both, with a column split"):
+        data.read_captions(".")
+
+
+def test_imagefolders_tables_of_train_and_validation_are_one():
+    for i, folder in enumerate(("train", "validation")):
+        noise_photo(Path(f"mine/{folder}/0001.jpg"), (20, 20), seed=i)
+        Path(f"mine/{folder}/metadata.csv").write_text(f"file_name,text\n0001.jpg,a {folder} photo\n")
+    _, captions = data.read_captions("mine")
+    expected = {"train/0001.jpg": ("train", ["a train photo"])}
+    assert captions == expected | {"validation/0001.jpg": ("val", ["a validation photo"])}
+    paths = data.find_photos("mine", captions)
+    assert list(paths.values()) == [Path("mine", name) for name in captions]
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ('{"image": {"path": "1.jpg"}, "text": "a"}', "line 1: its image is no name"),
+        ('{"image": "1.jpg", "text": 5}', "line 1: its image is no name, or its text no text"),
+        ("image,text\n1.jpg,\"['a' 'b']\"", "a list without commas"),
+        ("image,text\n1.jpg,\"['a', 'b\"", "a list that is not whole"),
+    ],
+)
+def test_a_cell_of_another_kind_is_not_taken_for_a_caption(row, message):
+    noise_photo(Path("1.jpg"), (20, 20))
+    Path("a.jsonl" if row[0] == "{" else "a.csv").write_text(row)
+    with pytest.raises(data.InputError, match=message):
+        data.read_captions(".")
+
+
+def test_what_a_killed_process_left_is_removed_after_a_day():
+    old, new = Path(".a.txt.1.partial"), Path(".a.txt.2.partial")
+    for path, age in ((old, 90_000), (new, 100)):
+        path.write_text("")
+        os.utime(path, (time.time() - age,) * 2)
+    with data.atomic("a.txt") as temporary:
+        temporary.write_text("whole")
+    assert sorted(Path().iterdir()) == [new, Path("a.txt")]
 
 
 def test_forty_photos_of_ones_own_train_with_one_command_that_says_what_they_are_worth(capsys):
@@ -2176,6 +2266,50 @@ def test_a_study_called_from_a_notebook_does_what_the_command_does(study_folder,
     assert difference(base.state_dict(), untouched) == 0
 
 
+def test_a_run_takes_no_tokenizer_but_its_own_and_no_unknown_epoch(study_folder, tmp_path):
+    own = data.load_tokenizer("runs/shapes/tokenizer")
+    state = json.loads(own.backend_tokenizer.to_str())["model"]
+    state["merges"][0], state["merges"][1] = state["merges"][1], state["merges"][0]
+    merges = [tuple(merge) for merge in state["merges"][::-1]]
+    transformers.CLIPTokenizer(vocab=state["vocab"], merges=merges).save_pretrained(tmp_path)
+    assert data.load_tokenizer(tmp_path).eos_token_id == own.eos_token_id
+    finetune.from_pretrained("runs/shapes", tokenizer="runs/shapes/tokenizer")
+    for call in (
+        lambda: finetune.from_pretrained("runs/shapes", tokenizer=tmp_path),
+        lambda: data.tokenizer_of_run(
+            SimpleNamespace(out=Path("runs/shapes"), resume=True, tokenizer=tmp_path)
+        ),
+    ):
+        with pytest.raises(data.InputError, match="is not the tokenizer of runs/shapes"):
+            call()
+    with pytest.raises(data.InputError, match="epoch is 'first': a run has best, last and trained"):
+        finetune.from_pretrained("runs/shapes", "first")
+
+
+def test_an_adapter_of_another_base_is_said(tmp_path):
+    model = small_model()
+    lora.add_lora(model, 2, 4)
+    lora.save_adapter(model, tmp_path, "somebody/clip")
+    for name, times in (("somebody/clip", 0), ("other/clip", 1), (None, 0)):
+        again = small_model()
+        again.name = name
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            lora.load_adapter(again, tmp_path)
+        assert [str(w.message) for w in seen] == [
+            f"{tmp_path} was trained on somebody/clip, and this model is other/clip"
+        ] * times
+
+
+def test_an_adapters_configuration_may_begin_with_a_mark(tmp_path):
+    model = small_model()
+    lora.add_lora(model, 2, 4)
+    lora.save_adapter(model, tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(config.read_text(), "utf-8-sig")
+    lora.load_adapter(small_model(), tmp_path)
+
+
 def test_the_default_rate_is_that_of_the_base(study_folder):
     def of(flags):
         args = finetune.parse_args(flags.split())
@@ -2741,6 +2875,40 @@ def test_an_empty_class_folder_stays_a_candidate_and_is_said(tmp_path, capsys):
     finetune.classify(*fitting_model(), "photos")
     said = capsys.readouterr().out
     assert "no photos of zebra" in said and "of 8 classes" in said and "chance 12.5" in said
+
+
+def test_a_class_has_the_photos_of_its_folders_too_and_those_in_no_class_are_said(tmp_path, capsys):
+    class_folders(Path("flat"))
+    class_folders(Path("deep"))
+    Path("deep/cat/more").mkdir()
+    for path in list(Path("deep/cat").glob("*.png")):
+        path.rename(path.parent / "more" / path.name)
+    noise_photo(Path("deep/lost.png"), (60, 80))
+    model, tokenizer = fitting_model()
+    assert finetune.classify(model, tokenizer, "flat") == finetune.classify(model, tokenizer, "deep")
+    said = capsys.readouterr().out
+    assert "no photos of" not in said and "left out  1 photos in no class, as lost.png" in said
+
+
+def test_odd_arguments_of_classify_and_search_are_one_clear_error():
+    class_folders(Path("photos"))
+    model, tokenizer = fitting_model()
+    one = finetune.classify(model, tokenizer, "photos", "a {}")  # one template is no list of letters
+    assert one == finetune.classify(model, tokenizer, "photos", ["a {}"])
+    with pytest.raises(data.InputError, match="template 'a photo' has no {} where"):
+        finetune.classify(model, tokenizer, "photos", ["a photo"])
+    with pytest.raises(data.InputError, match="count is 0"):
+        finetune.search(model, tokenizer, "photos", "a dog", count=0)
+
+
+def test_a_photo_whose_name_is_no_utf_8_is_found_printed_and_drawn(capsys):
+    released_folder(Path("base"), SPELLING)
+    noise_photo(Path("a.png"), (30, 30))
+    Path("photos").mkdir()
+    os.rename(b"a.png", b"photos/caf\xe9.png")
+    assert finetune.main(["--base", "base", "--device", "cpu", "--search", "photos", "a dog"]) == 0
+    assert "photos/caf\ufffd.png" in capsys.readouterr().out
+    Image.open("search.png").load()
 
 
 def test_search_finds_the_photos_at_any_depth_by_their_cosine_with_the_query(tmp_path):
