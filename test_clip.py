@@ -33,6 +33,7 @@ from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -3157,8 +3158,13 @@ def test_the_readmes_python_runs_as_one_notebook(study_folder):
 def test_the_readmes_pictures_are_there():
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)
     assert pictures
-    for picture in pictures:
-        Image.open(HERE / picture).load()
+    pictures += re.findall(r"\]\((assets/[^)]+)\)", README)
+    assert {HERE / picture for picture in pictures} == set((HERE / "assets").iterdir())
+    for picture in set(pictures):
+        if picture.endswith(".svg"):
+            ElementTree.parse(HERE / picture)
+        else:
+            Image.open(HERE / picture).load()
 
 
 if __name__ == "__main__":
