@@ -151,10 +151,15 @@ def fingerprint(splits):
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's photos
 
 
+def standardize(pixels):
+    """Pixels (B, 3, S, S) from 0 to 1 to each channel about N(0, 1)."""
+    mean, std = torch.tensor([MEAN, STD]).to(pixels.device, non_blocking=True)[:, :, None, None]
+    return (pixels - mean) / std
+
+
 def normalize(photos):
-    """uint8 (B, S, S, 3) to the (B, 3, S, S) float that the model takes, each channel about N(0, 1)."""
-    mean, std = torch.tensor([MEAN, STD]).to(photos.device, non_blocking=True)
-    return ((photos / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+    """uint8 (B, S, S, 3) to the (B, 3, S, S) float that the model takes."""
+    return standardize((photos / 255).permute(0, 3, 1, 2)).contiguous()
 
 
 def recolour(pixels, strength, grey=0.2):
@@ -208,8 +213,7 @@ def augment(photos, size, recipe, ratio=(3 / 4, 4 / 3)):
     crops = crops.unflatten(2, (V, size)).transpose(1, 2).flatten(0, 1)  # (B V, 3, size, size)
     if recipe.colour:
         crops = recolour(crops, recipe.colour)
-    mean, std = torch.tensor([MEAN, STD]).to(device, non_blocking=True)[:, :, None, None]
-    return (crops - mean) / std
+    return standardize(crops)
 
 
 def vary_captions(ids, config, recipe):
@@ -413,8 +417,11 @@ def table_rows(text):
     delimiter, header = split_header(text)
     if delimiter == "{":  # JSON has no line breaks within strings, so that these are the rows
         for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield number, json.loads(line)
+            try:
+                if line.strip():
+                    yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number} is no JSON, or not whole") from error
         return
 
     # Kaggle's and the original files know no quotes. One line of Kaggle's has lost its second bar:
@@ -448,7 +455,7 @@ def read_list(cell):
             raise ValueError("a cell holds a list without commas") from None
     try:
         return ast.literal_eval(cell)
-    except SyntaxError:
+    except (SyntaxError, ValueError):
         raise ValueError("a cell holds a list that is not whole") from None
 
 
@@ -527,20 +534,24 @@ def read_file(path):
     return {name: part for name, part in photos.items() if part[1]}, encoding
 
 
+def split_of_folder(path):
+    """The split that the folder of a metadata.csv or .jsonl is called by, as in datasets' imagefolder: train,
+    validation, test. None for other tables."""
+    return SPLITS.get(path.parent.name.lower()) if path.stem == "metadata" else None
+
+
 def read_files(paths):
-    """{path: what read_file gave}. The metadata.csv of folders train, validation and test (the form of
-    datasets' imagefolder) are one table: a name gets its folder before it, and without a split its split."""
-    read, first = {}, None
+    """{path: what read_file gave}. Tables that are a split each (split_of_folder) become one, under the path
+    of the first: their names get the folder before them."""
+    read, parts = {}, [path for path in paths if split_of_folder(path)]
     for path in paths:
         captions, encoding = read_file(path)
-        folder = path.parent.name
-        if path.stem != "metadata" or folder.lower() not in SPLITS:
+        if path not in parts:
             read[path] = captions, encoding
             continue
-        first = first or path
-        whole, _ = read.setdefault(first, ({}, encoding))
+        whole, _ = read.setdefault(parts[0], ({}, encoding))
         for name, (split, own) in captions.items():
-            whole[f"{folder}/{name}"] = split or SPLITS[folder.lower()], own
+            whole[f"{path.parent.name}/{name}"] = split or split_of_folder(path), own
     return read
 
 
@@ -595,8 +606,10 @@ def read_captions(folder):
     captions, encoding = read[chosen]
     if not captions:
         raise InputError(f"{chosen} holds no captions")
-    others = [shown(path) for path in (*published, *tables) if path != chosen]
-    print(f"captions  {shown(chosen)}, {encoding}" + (f"; not used: {', '.join(others)}" if others else ""))
+    used = [path for path in tables if split_of_folder(path)] if split_of_folder(chosen) else [chosen]
+    others = [shown(path) for path in (*published, *tables) if path not in used]
+    others = f"; not used: {', '.join(others)}" if others else ""
+    print(f"captions  {', '.join(map(shown, used))}, {encoding}{others}")
     by_name = split_by_name([name for name, (split, _) in captions.items() if not split])
     return chosen, {name: (split or by_name[name], own) for name, (split, own) in captions.items()}
 

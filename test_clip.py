@@ -1439,13 +1439,15 @@ def test_a_table_of_train_and_one_of_val_are_not_chosen_between_whatever_their_n
         data.read_captions(".")
 
 
-def test_imagefolders_tables_of_train_and_validation_are_one():
+def test_imagefolders_tables_of_train_and_validation_are_one(capsys):
     for i, folder in enumerate(("train", "validation")):
         noise_photo(Path(f"mine/{folder}/0001.jpg"), (20, 20), seed=i)
         Path(f"mine/{folder}/metadata.csv").write_text(f"file_name,text\n0001.jpg,a {folder} photo\n")
     _, captions = data.read_captions("mine")
     expected = {"train/0001.jpg": ("train", ["a train photo"])}
     assert captions == expected | {"validation/0001.jpg": ("val", ["a validation photo"])}
+    said = capsys.readouterr().out
+    assert said == "captions  mine/train/metadata.csv, mine/validation/metadata.csv, UTF-8\n"
     paths = data.find_photos("mine", captions)
     assert list(paths.values()) == [Path("mine", name) for name in captions]
 
@@ -1457,6 +1459,8 @@ def test_imagefolders_tables_of_train_and_validation_are_one():
         ('{"image": "1.jpg", "text": 5}', "line 1: its image is no name, or its text no text"),
         ("image,text\n1.jpg,\"['a' 'b']\"", "a list without commas"),
         ("image,text\n1.jpg,\"['a', 'b\"", "a list that is not whole"),
+        ("image,text\n1.jpg,\"['a', nan]\"", "a list that is not whole"),
+        ('{"image": "1.jpg", "text": "a"}\n{"image": ', "line 2 is no JSON, or not whole"),
     ],
 )
 def test_a_cell_of_another_kind_is_not_taken_for_a_caption(row, message):
