@@ -377,6 +377,7 @@ PHOTO += "image_name", "image_path"
 CAPTION = "caption", "captions", "text", "title", "sentence", "comment", "raw"
 SPLITS = {"train": "train", "training": "train", "restval": "train", "test": "test"}
 SPLITS |= dict.fromkeys(["val", "valid", "validation", "dev"], "val")
+DATASETS_OWN = "dataset_info", "dataset_infos", "dataset_dict"  # JSON of Hugging Face's datasets
 # How files begin that may have no header: Kaggle's results.csv, and the original *.token.
 KAGGLE, TOKEN = r"[^|]+\|\s*\d+\s*\|", r"[^\t]+#\d+\t"
 
@@ -385,7 +386,7 @@ def column(header, known):
     """The column that has one of the known names, or None. ValueError where two have."""
     found = [name for name in header if name in known]
     if len(found) > 1:
-        raise ValueError(f"its column {found[0]} may be meant, or {found[1]}")
+        raise ValueError(f"its column {found[0]} may be meant, or {found[1]}: rename the other")
     return found[0] if found else None
 
 
@@ -443,7 +444,8 @@ def table_rows(text):
                 raise ValueError(f"line {reader.line_num} has {len(cells)} cells, the header {len(header)}")
             yield reader.line_num, dict(zip(header, cells))
     except csv.Error as error:
-        raise ValueError(f"line {reader.line_num}: {error}") from error
+        wrong = f"{in_words(error)}; a cell with quotes stands in quotes, and those in it are doubled"
+        raise ValueError(f"line {reader.line_num}: {wrong}") from error
 
 
 def read_list(cell):
@@ -574,14 +576,16 @@ def read_captions(folder):
     if not Path(folder).is_dir():
         raise InputError(f"--data {folder}: no such folder; {' and '.join(DRAWN)} need none")
     files = list(files_below(folder))
-    published = [path for path in files if path.match("dataset_*.json")]
+    published = [path for path in files if path.match("dataset_*.json") and path.stem not in DATASETS_OWN]
     tables = [path for path in files if is_table(path)]
     if not published and not tables:
         others = [path for path in files if path.suffix.lower() in TABLES]
         others.sort(key=lambda path: (path.suffix.lower() == ".txt", "caption" not in path.name))
         for path in others:
             read_file(path)  # says what is wrong with it
-        raise InputError(f"--data {folder}: no captions in it, neither dataset_*.json nor a table")
+        raise InputError(
+            f"--data {folder}: no captions in it, neither dataset_*.json nor a table ({', '.join(TABLES)})"
+        )
 
     here = {bare(path.name) for path in files}
 

@@ -1380,7 +1380,13 @@ def test_leftovers_of_the_system_are_no_captions_and_no_photos(album):
     whole = load(album)["train"]
     for name in (".ipynb_checkpoints/0.jpg", "__MACOSX/images/._1.jpg", "images/._2.jpg", ".hidden/3.jpg"):
         noise_photo(album / name, (20, 20), seed=99)
-    for name in ("Thumbs.db", "images/desktop.ini", "._dataset_flickr30k.json", ".captions.csv"):
+    for name in (
+        "Thumbs.db",
+        "images/desktop.ini",
+        "._dataset_flickr30k.json",
+        ".captions.csv",
+        "dataset_infos.json",
+    ):
         (album / name).write_bytes(b"image,caption\n")
     assert torch.equal(load(album)["train"].photos, whole.photos)
 
