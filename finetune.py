@@ -180,7 +180,7 @@ def save_pretrained(model, folder, tokenizer=None):
         raise InputError("the adapters are not merged: lora.merge(model) comes first")
     if tokenizer is None and model.source is None:
         raise InputError("this model came with no tokenizer: save_pretrained(model, folder, tokenizer)")
-    tokenizer = copy.deepcopy(tokenizer or tokenizer_of(model))
+    tokenizer = copy.deepcopy(tokenizer or load_tokenizer(model.source))
     check_tokenizer(model, tokenizer)
     tokenizer.model_max_length = c.max_position_embeddings  # what others cut captions to
 
