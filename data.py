@@ -377,6 +377,7 @@ PHOTO += "image_name", "image_path"
 CAPTION = "caption", "captions", "text", "title", "sentence", "comment", "raw"
 SPLITS = {"train": "train", "training": "train", "restval": "train", "test": "test"}
 SPLITS |= dict.fromkeys(["val", "valid", "validation", "dev"], "val")
+NO_CAPTION = "", "nan", "none", "null", "#n/a", "#name?"  # what pandas and Excel write into an empty cell
 DATASETS_OWN = "dataset_info", "dataset_infos", "dataset_dict"  # JSON of Hugging Face's datasets
 # How files begin that may have no header: Kaggle's results.csv, and the original *.token.
 KAGGLE, TOKEN = r"[^|]+\|\s*\d+\s*\|", r"[^\t]+#\d+\t"
@@ -398,7 +399,7 @@ def split_header(text):
     if re.match(TOKEN, first):
         return "\t", ["image", "caption"]
     if first.startswith("{"):
-        headers = {"{": list(json.loads(first))}
+        headers = {"{": [name.lower() for name in json.loads(first)]}
     else:
         headers = {}
         for delimiter in ",\t;|":
@@ -420,7 +421,7 @@ def table_rows(text):
         for number, line in enumerate(text.split("\n"), 1):
             try:
                 if line.strip():
-                    yield number, json.loads(line)
+                    yield number, {name.lower(): cell for name, cell in json.loads(line).items()}
             except json.JSONDecodeError as error:
                 raise ValueError(f"line {number} is no JSON, or not whole") from error
         return
@@ -470,7 +471,7 @@ def read_table(text):
         if not photo or not caption or not str(row[photo]).strip():
             raise ValueError(f"line {number} has no photo or no caption")
         sentences = row[caption] or ""
-        if isinstance(sentences, str) and re.match(r"""\[\s*["']""", sentences):
+        if isinstance(sentences, str) and re.match(r"""\[\s*["'\]]""", sentences):
             sentences = read_list(sentences)
         sentences = sentences if isinstance(sentences, list) else [sentences]
         if not isinstance(row[photo], str | int) or not all(isinstance(x, str) for x in sentences):
@@ -528,7 +529,10 @@ def read_file(path):
             before, kept = photos.setdefault(name, (split, []))
             if split != before:
                 raise ValueError(f"{name} is in {before} and in {split}")
-            kept += [" ".join(sentence.split()) for sentence in sentences if sentence and sentence.strip()]
+            for sentence in sentences:
+                sentence = " ".join(sentence.split())
+                if sentence.lower() not in NO_CAPTION:
+                    kept.append(sentence)
     except (LookupError, TypeError, AttributeError, RecursionError) as error:  # JSON, but of something else
         raise InputError(f"{path} can't be read: it is built in another way than its name says") from error
     except ValueError as error:
@@ -536,16 +540,17 @@ def read_file(path):
     return {name: part for name, part in photos.items() if part[1]}, encoding
 
 
-def split_of_folder(path):
-    """The split that the folder of a metadata.csv or .jsonl is called by, as in datasets' imagefolder: train,
-    validation, test. None for other tables."""
-    return SPLITS.get(path.parent.name.lower()) if path.stem == "metadata" else None
+def split_of_folder(path, folder):
+    """The split that a metadata.csv or .jsonl is of, by its own folder below `folder`, as in datasets'
+    imagefolder: train, validation, test. None for other tables."""
+    own = path.parent.relative_to(folder).name.lower()
+    return SPLITS.get(own) if path.stem == "metadata" else None
 
 
-def read_files(paths):
+def read_files(paths, folder):
     """{path: what read_file gave}. Tables that are a split each (split_of_folder) become one, under the path
-    of the first: their names get the folder before them."""
-    read, parts = {}, [path for path in paths if split_of_folder(path)]
+    of the first: their names get the folder before them. InputError where two have the same name."""
+    read, parts = {}, [path for path in paths if split_of_folder(path, folder)]
     for path in paths:
         captions, encoding = read_file(path)
         if path not in parts:
@@ -553,7 +558,10 @@ def read_files(paths):
             continue
         whole, _ = read.setdefault(parts[0], ({}, encoding))
         for name, (split, own) in captions.items():
-            whole[f"{path.parent.name}/{name}"] = split or split_of_folder(path), own
+            name = f"{path.parent.relative_to(folder).as_posix()}/{name}"
+            if name in whole:
+                raise InputError(f"{path} and another table beside it have captions of {name}: move one away")
+            whole[name] = split or split_of_folder(path, folder), own
     return read
 
 
@@ -561,10 +569,13 @@ def same_captions(some, others):
     """Whether the smaller of two tables is a part of the other, but for case, spaces and punctuation."""
 
     def letters(captions):
-        return {bare(name): sorted(re.sub(r"\W", "", x).lower() for x in own) for name, (_, own) in captions}
+        of = {}
+        for name, (_, own) in captions.items():
+            of.setdefault(bare(name), []).extend(re.sub(r"\W", "", sentence).lower() for sentence in own)
+        return of
 
-    few, many = sorted((letters(some.items()), letters(others.items())), key=len)
-    return all(many.get(name) == own for name, own in few.items())
+    few, many = sorted((letters(some), letters(others)), key=len)
+    return all(sorted(many.get(name, [])) == sorted(own) for name, own in few.items())
 
 
 def read_captions(folder):
@@ -593,14 +604,17 @@ def read_captions(folder):
         return sum(bare(name) in here for name in captions)
 
     def fitting(paths, share):
-        read = read_files(paths)
+        read = read_files(paths, folder)
         return {path: read[path] for path in read if found(read[path][0]) > share * len(read[path][0])}
 
     def worth(path):
         captions, _ = read[path]
-        return any(split for split, _ in captions.values()), found(captions), -len(captions)
+        has_split = any(split for split, _ in captions.values())
+        return has_split and found(captions) > 0.9 * most, found(captions), -len(captions)
 
-    read = fitting(published, 1 / 2) or fitting(tables, 0) or read_files([*published, *tables][:1])
+    first = [*published, *tables][:1]
+    read = fitting(published, 1 / 2) or fitting(tables, 0) or read_files(first, folder)
+    most = max(found(captions) for captions, _ in read.values())
     chosen = max(read, key=worth)
     for other in read:
         # Not of published ones, which have photos in common: Flickr30k those of Flickr8k.
@@ -610,10 +624,17 @@ def read_captions(folder):
     captions, encoding = read[chosen]
     if not captions:
         raise InputError(f"{chosen} holds no captions")
-    used = [path for path in tables if split_of_folder(path)] if split_of_folder(chosen) else [chosen]
-    others = [shown(path) for path in (*published, *tables) if path not in used]
+    parts = [path for path in tables if split_of_folder(path, folder)]
+    used = parts if chosen in parts else [chosen]
+    others = [path for path in files if path in published or path.suffix.lower() in TABLES]
+    others = [shown(path) for path in others if path not in used]
     others = f"; not used: {', '.join(others)}" if others else ""
     print(f"captions  {', '.join(map(shown, used))}, {encoding}{others}")
+    by_folder = {name: SPLITS.get(name.split("/")[0].lower()) for name in captions}
+    if {"train", "val"} <= {
+        *by_folder.values()
+    } and None not in by_folder.values():  # imagefolder, in one table
+        captions = {name: (split or by_folder[name], own) for name, (split, own) in captions.items()}
     by_name = split_by_name([name for name, (split, _) in captions.items() if not split])
     return chosen, {name: (split or by_name[name], own) for name, (split, own) in captions.items()}
 
@@ -984,6 +1005,8 @@ def load_tokenizer(name):
         raise InputError(missing) from error
     if len(tokenizer) <= 3:  # an empty one is what no folder gives, offline
         raise InputError(missing)
+    if not any(token.endswith("</w>") for token in tokenizer.get_vocab()):
+        raise InputError(f"{name} is no tokenizer of CLIP's kind, in which the end of a word is </w>")
     return tokenizer
 
 

@@ -18,6 +18,7 @@ import copy
 import math
 import statistics
 import sys
+import textwrap
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -319,9 +320,13 @@ def classify(model, tokenizer, folder, templates=PROMPTS):
         raise InputError(f"no photos in {folder}: each class is a folder there, with its photos{there}")
     if outside:
         print(f"left out  {len(outside)} photos in no class, as {data.shown(outside[0])}")
-    folders = [path for path in Path(folder).iterdir() if path.is_dir()]
-    classes = sorted(path.name for path in folders if not data.is_leftover(path))
-    prompts = [template.format(name.replace("_", " ")) for name in classes for template in templates]
+    # An empty folder is a candidate, too; one that holds other files than photos, as cache, is none.
+    empty = [path for path in Path(folder).iterdir() if path.is_dir() and not any(path.iterdir())]
+    classes = {path.name for path in empty if not data.is_leftover(path)}
+    classes = sorted(classes | {name.split("/")[0] for name in photos})
+    print(f"classes   {textwrap.shorten(data.shown(', '.join(classes)), 100)}")
+    words = [data.shown(name).replace("_", " ") for name in classes]
+    prompts = [template.format(name) for name in words for template in templates]
 
     names, images, texts = embed_folder(model, tokenizer, photos, prompts)  # (N, E), (prompts, E)
     class_of = [name.split("/")[0] for name in names]
@@ -347,6 +352,7 @@ def search(model, tokenizer, folder, query, count=8):
     photos = photos_below(folder)
     if not photos:
         raise InputError(f"no photos in {folder}, nor in its folders")
+    query = data.shown(query)
     if not query.strip():
         raise InputError("no query: say what the photo shows")
     names, images, texts = embed_folder(model, tokenizer, photos, [query])  # (N, E), (1, E)
@@ -500,6 +506,8 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if args.seeds < 1 or any(r < 1 for r in args.r):
         raise InputError("--r and --seeds take whole numbers, 1 at least")
+    if args.classify and args.search:
+        raise InputError("--classify and --search are two commands: give one of them")
     args.picture = (args.out or Path()) / "search.png"
     args.out = args.out or Path("runs", "-".join(Path(x).absolute().name for x in (args.base, args.data)))
     return args
@@ -536,7 +544,7 @@ def run(args):
         for photo, cosine in found:
             print(f"{cosine:6.3f}  {data.shown(photo)}")
         args.picture.parent.mkdir(parents=True, exist_ok=True)
-        draw_search(args.picture, args.search[1], found)
+        draw_search(args.picture, data.shown(args.search[1]), found)
         print(f"done      {args.picture}")
         return
 

@@ -1458,6 +1458,46 @@ def test_imagefolders_tables_of_train_and_validation_are_one(capsys):
     assert list(paths.values()) == [Path("mine", name) for name in captions]
 
 
+def test_two_tables_of_one_folder_are_not_chosen_between_and_the_folder_itself_is_no_split():
+    noise_photo(Path("train/a.jpg"), (20, 20))
+    Path("train/metadata.csv").write_text("file_name,text\na.jpg,a dog\n")
+    assert list(data.read_captions("train")[1]) == ["a.jpg"]
+    Path("train/metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "ein Hund"}')
+    with pytest.raises(data.InputError, match="have captions of train/a.jpg: move one away"):
+        data.read_captions(".")
+
+
+def test_one_table_of_imagefolders_train_and_validation_gives_their_splits(capsys):
+    names = [f"{folder}/{i}.jpg" for folder in ("train", "validation", "test") for i in range(5)]
+    for name in names:
+        noise_photo(Path("mine", name), (20, 20))
+    Path("mine/metadata.csv").write_text("file_name,text\n" + "".join(f"{name},a dog\n" for name in names))
+    Path("mine/odd.csv").write_text("image,title,caption\n")
+    splits = [split for split, _ in data.read_captions("mine")[1].values()]
+    assert splits == ["train"] * 5 + ["val"] * 5 + ["test"] * 5
+    assert "not used: mine/odd.csv" in capsys.readouterr().out
+
+
+def test_what_pandas_writes_into_an_empty_cell_is_no_caption():
+    rows = [("a.jpg", "a dog"), ("b.jpg", "nan"), ("c.jpg", "[]"), ("d.jpg", "None"), ("e.jpg", "#N/A")]
+    Path("mine.csv").write_text(table(["image", "caption"], ",", rows))
+    assert list(data.read_captions(".")[1]) == ["a.jpg"]
+    Path("mine.csv").unlink()
+    Path("mine.jsonl").write_text('{"Image": "a.jpg", "Caption": "a dog", "Split": "test"}')
+    assert data.read_captions(".")[1] == {"a.jpg": ("test", ["a dog"])}
+
+
+def test_a_tokenizer_of_another_kind_is_refused():
+    from tokenizers import ByteLevelBPETokenizer
+
+    Path("gpt2").mkdir()
+    gpt2 = ByteLevelBPETokenizer()
+    gpt2.train_from_iterator(["a dog runs in the snow"] * 9, 300, special_tokens=["<|endoftext|>"])
+    gpt2.save_model("gpt2")
+    with pytest.raises(data.InputError, match="gpt2 is no tokenizer of CLIP's kind"):
+        data.load_tokenizer("gpt2")
+
+
 @pytest.mark.parametrize(
     "row, message",
     [
@@ -2901,9 +2941,24 @@ def test_a_class_has_the_photos_of_its_folders_too_and_those_in_no_class_are_sai
     assert "no photos of" not in said and "left out  1 photos in no class, as lost.png" in said
 
 
+def test_folders_of_other_files_are_no_classes(capsys):
+    class_folders(Path("photos"))
+    model, tokenizer = fitting_model()
+    clean = finetune.classify(model, tokenizer, "photos")
+    written("photos/cache/store.uint8", "")
+    Path("photos/loop").symlink_to(".")
+    assert finetune.classify(model, tokenizer, "photos") == clean
+    assert "classes   a_b, bee, cat, crow, dog, owl, red_fox\n" in capsys.readouterr().out
+
+
 def test_odd_arguments_of_classify_and_search_are_one_clear_error():
     class_folders(Path("photos"))
     model, tokenizer = fitting_model()
+    with pytest.raises(data.InputError, match="two commands"):
+        finetune.parse_args(["--classify", "photos", "--search", "photos", "a dog"])
+    os.mkdir(b"photos/caf\xe9")  # an empty class
+    finetune.classify(model, tokenizer, "photos")
+    finetune.search(model, tokenizer, "photos", "caf\udce9")
     one = finetune.classify(model, tokenizer, "photos", "a {}")  # one template is no list of letters
     assert one == finetune.classify(model, tokenizer, "photos", ["a {}"])
     with pytest.raises(data.InputError, match="template 'a photo' has no {} where"):
