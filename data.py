@@ -1007,6 +1007,11 @@ def load_tokenizer(name):
         raise InputError(missing)
     if not any(token.endswith("</w>") for token in tokenizer.get_vocab()):
         raise InputError(f"{name} is no tokenizer of CLIP's kind, in which the end of a word is </w>")
+    bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    known = {left + right for left, right in bpe["merges"]}
+    lost = [token for token in bpe["vocab"] if token not in known and len(token.removesuffix("</w>")) > 1]
+    if len(lost) > 100:  # fewer may have been added to the vocabulary
+        raise InputError(f"{name} is not whole: {len(lost):,} of its tokens have no merge, as {lost[0]}")
     return tokenizer
 
 

@@ -1498,6 +1498,18 @@ def test_a_tokenizer_of_another_kind_is_refused():
         data.load_tokenizer("gpt2")
 
 
+def test_a_tokenizer_with_a_part_of_its_merges_is_refused():
+    words = [f"{left}{right}ing" for left in "abcdefghijklmnop" for right in "aeioubcd"]
+    data.train_tokenizer(words * 3).save_pretrained("own")
+    data.load_tokenizer("own")
+    file = Path("own/tokenizer.json")
+    state = json.loads(file.read_text())
+    state["model"]["merges"] = state["model"]["merges"][:10]
+    file.write_text(json.dumps(state))
+    with pytest.raises(data.InputError, match="own is not whole: .* of its tokens have no merge"):
+        data.load_tokenizer("own")
+
+
 @pytest.mark.parametrize(
     "row, message",
     [
