@@ -515,6 +515,18 @@ def split_by_name(names):
     return splits
 
 
+def with_splits(captions):
+    """{name: (split, captions)} with a split for each photo: the table's own; else that of the name's first
+    folder, where all names have such a one, train and val among them; else split_by_name."""
+    by_folder = {name: SPLITS.get(name.split("/")[0].lower()) for name in captions}
+    found = set(by_folder.values())
+    if {"train", "val"} <= found and None not in found:
+        default = by_folder
+    else:
+        default = split_by_name([name for name, (split, _) in captions.items() if not split])
+    return {name: (split or default[name], own) for name, (split, own) in captions.items()}
+
+
 def read_file(path):
     """A captions file to ({photo: (split or None, captions)}, its encoding), in the order of the file.
     InputError for a file that isn't whole, or of another form."""
@@ -630,13 +642,7 @@ def read_captions(folder):
     others = [shown(path) for path in others if path not in used]
     others = f"; not used: {', '.join(others)}" if others else ""
     print(f"captions  {', '.join(map(shown, used))}, {encoding}{others}")
-    by_folder = {name: SPLITS.get(name.split("/")[0].lower()) for name in captions}
-    if {"train", "val"} <= {
-        *by_folder.values()
-    } and None not in by_folder.values():  # imagefolder, in one table
-        captions = {name: (split or by_folder[name], own) for name, (split, own) in captions.items()}
-    by_name = split_by_name([name for name, (split, _) in captions.items() if not split])
-    return chosen, {name: (split or by_name[name], own) for name, (split, own) in captions.items()}
+    return chosen, with_splits(captions)
 
 
 # --- Photos ------------------------------------------------------------------------------------------
@@ -666,20 +672,8 @@ def load_photo(path, size):
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-ENDINGS = (
-    ".jpg",
-    ".jpeg",
-    ".jfif",
-    ".png",
-    ".webp",
-    ".gif",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".avif",
-    ".heic",
-    ".heif",
-)
+ENDINGS = ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"
+ENDINGS += ".avif", ".heic", ".heif"
 
 
 def bare(name):
