@@ -72,8 +72,9 @@ PRESETS = {
 
 class Attention(nn.Module):
     """Multi-head self-attention: softmax(Q K^T / sqrt(D)) V in each of H heads (Vaswani et al. 2017, eq. 1).
-    x (B, T, C) to (B, T, C). Row t of the softmax says how much token t takes from each token. Where
-    `mask`, of a shape that broadcasts to (B, H, T, T), is False, Q K^T is set to minus infinity: weight 0.
+    `asking` (B, Q, C), all tokens of x (B, T, C) or some, to (B, Q, C). A row of the softmax says how much a
+    token takes from each of x. Where `mask`, of a shape that broadcasts to (B, H, Q, T), is False, Q K^T is
+    set to minus infinity: weight 0.
     """
 
     def __init__(self, config):
@@ -85,13 +86,13 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x, mask=None):
-        B, T, C = x.shape
-        q = self.q_proj(x).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, H, T, D)
-        v = self.v_proj(x).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, H, T, D)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, T, D)
-        return self.out_proj(x.transpose(1, 2).reshape(B, T, C))
+    def forward(self, asking, x, mask=None):
+        heads = (self.num_heads, -1)
+        q = self.q_proj(asking).unflatten(-1, heads).transpose(1, 2)  # (B, H, Q, D)
+        k = self.k_proj(x).unflatten(-1, heads).transpose(1, 2)  # (B, H, T, D)
+        v = self.v_proj(x).unflatten(-1, heads).transpose(1, 2)  # (B, H, T, D)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, Q, D)
+        return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
 def quick_gelu(x):
@@ -124,7 +125,8 @@ class LayerNorm(nn.LayerNorm):
 
 class Block(nn.Module):
     """Pre-norm transformer block, (B, T, C) to (B, T, C): the residual stream x is never normalised, only
-    what is read from it; deep stacks then train without tricks (Xiong et al. 2020, arXiv:2002.04745)."""
+    what is read from it; deep stacks then train without tricks (Xiong et al. 2020, arXiv:2002.04745).
+    With `read` (B,), a token of each row, these alone go on, once they have seen the others: (B, 1, C)."""
 
     def __init__(self, config, hidden_act):
         super().__init__()
@@ -133,24 +135,29 @@ class Block(nn.Module):
         self.layer_norm2 = LayerNorm(config.hidden_size)
         self.mlp = MLP(config, hidden_act)
 
-    def forward(self, x, mask=None):
-        x = x + self.self_attn(self.layer_norm1(x), mask)
+    def forward(self, x, mask=None, read=None):
+        asking = normed = self.layer_norm1(x)  # (B, T, C)
+        if read is not None:
+            place = read[:, None, None].expand(-1, 1, x.shape[2])
+            x, asking = x.gather(1, place), normed.gather(1, place)  # (B, 1, C)
+        x = x + self.self_attn(asking, normed, mask)
         return x + self.mlp(self.layer_norm2(x))
 
 
 class Encoder(nn.Module):
-    """A stack of blocks; each tower has its own."""
+    """A stack of blocks, (B, T, C) to (B, C): CLIP reads a photo or caption at one token, `read` (B,), with
+    which the last block goes on alone. read_mask is the mask of that token."""
 
     def __init__(self, config, hidden_act):
         super().__init__()
         self.layers = nn.ModuleList(Block(config, hidden_act) for _ in range(config.num_hidden_layers))
 
-    def forward(self, x, mask=None):
+    def forward(self, x, read, mask=None, read_mask=None):
         if torch.is_autocast_enabled(x.device.type):  # bf16: half the bytes for all that follows
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             x = layer(x, mask)
-        return x
+        return self.layers[-1](x, read_mask, read)[:, 0]
 
 
 def drop_patches(x, share):
@@ -203,8 +210,8 @@ class VisionTransformer(nn.Module):
     def forward(self, pixels):
         x = self.embeddings(pixels)  # (B, T, C)
         x = self.pre_layrnorm(x)
-        x = self.encoder(x)
-        return self.post_layernorm(x[:, 0])  # (B, C), class token
+        class_token = x.new_zeros(x.shape[0], dtype=torch.long)  # it stands first
+        return self.post_layernorm(self.encoder(x, class_token))  # (B, C)
 
 
 class TextEmbeddings(nn.Module):
@@ -238,9 +245,9 @@ class TextTransformer(nn.Module):
         causal_mask = position[:, None] >= position  # (T, T)
         padding_mask = (position <= end[:, None])[:, None, None]  # (B, 1, 1, T): no token sees padding
         x = self.embeddings(ids)  # (B, T, C)
-        x = self.encoder(x, causal_mask if self.causal else padding_mask)
-        x = self.final_layer_norm(x)
-        return x[torch.arange(B, device=ids.device), end]  # (B, C)
+        # The end token sees what stands before it, in both kinds of tower.
+        x = self.encoder(x, end, causal_mask if self.causal else padding_mask, read_mask=padding_mask)
+        return self.final_layer_norm(x)  # (B, C)
 
 
 class CLIP(nn.Module):
@@ -363,23 +370,32 @@ def multiview_loss(model, image_embeds, text_embeds):
     return loss, pair_loss
 
 
-def recall_at_k(similarity, caption_owner, ks=(1, 5, 10)):
+def ranks(queries, answers, query_photo, answer_photo, size):
+    """How many wrong answers are as similar to each query as the best right one or more, (Q,). queries (Q, E)
+    and answers (A, E) are embeddings; an answer of the query's photo is right, and where there is none the
+    rank is infinite. `size`: so many similarities are held at once, as whole rows."""
+    found, rows = [], max(1, size // len(answers))
+    for part, photo in zip(queries.split(rows), query_photo.split(rows)):
+        similarity = part @ answers.T  # (q, A)
+        right = photo[:, None] == answer_photo
+        best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+        wrong = ~(similarity < best) & ~right  # not `>=`: against the model count ties and NaN
+        found.append(torch.where(right.any(dim=1), wrong.sum(dim=1), torch.inf))
+    return torch.cat(found)
+
+
+def recall_at_k(image_embeds, text_embeds, caption_owner, ks=(1, 5, 10), size=2**26):
     """Retrieval recall as published for Flickr30k: {"t2i_r1": fraction, ..., "i2t_r1": fraction, ...}.
-    similarity (photos, captions); caption_owner (captions,): the photo that each caption describes. Text to
-    image: how often a caption's photo is among its k best; image to text: how often any of its captions is.
-    Against the model count ties and NaN (constant similarities score 0, not 100 %), a photo without captions,
-    and, where two photos have a caption, the other one: it fits, but only owners are known.
+    image_embeds (N, E), text_embeds (M, E); caption_owner (M,): the photo that each caption describes. Text
+    to image: how often a caption's photo is among its k best; image to text: how often any of its captions
+    is. Equal embeddings score 0, not 100 %. Where two photos have a caption, the other one counts against
+    the model: it fits, but only owners are known. All similarities of Flickr30k would be 18 GB: see `ranks`.
     """
-    photos, captions = similarity.shape
-    if not 0 <= caption_owner.min() <= caption_owner.max() < photos:
-        raise ValueError(f"caption_owner names photos outside the {photos} of similarity")
-    own = caption_owner == torch.arange(photos, device=similarity.device)[:, None]  # (photos, captions)
-    right_photo = similarity[caption_owner, torch.arange(captions, device=similarity.device)]  # (captions,)
-    best_caption = similarity.masked_fill(~own, -torch.inf).amax(dim=1)  # (photos,)
-    # The rank of the right answer is the number of wrong ones that are not strictly below it.
-    text_rank = (~(similarity < right_photo) & ~own).sum(dim=0)  # (captions,)
-    image_rank = (~(similarity < best_caption[:, None]) & ~own).sum(dim=1)  # (photos,)
-    image_rank += max(ks) * ~own.any(dim=1)  # a photo without captions is no hit
+    photos = torch.arange(len(image_embeds), device=image_embeds.device)
+    if not 0 <= caption_owner.min() <= caption_owner.max() < len(photos):
+        raise ValueError(f"caption_owner names photos outside the {len(photos)} of image_embeds")
+    text_rank = ranks(text_embeds, image_embeds, caption_owner, photos, size)  # (M,)
+    image_rank = ranks(image_embeds, text_embeds, photos, caption_owner, size)  # (N,)
     recall = {f"t2i_r{k}": (text_rank < k).float().mean().item() for k in ks}
     return recall | {f"i2t_r{k}": (image_rank < k).float().mean().item() for k in ks}
 
@@ -399,7 +415,7 @@ def embed(model, split, batch_size=250):
     device, training = model.logit_scale.device, model.training
     model.eval()
     images, texts = [], []
-    with autocast(device), torch.compiler.set_stance("force_eager"):  # compiled parts are for training
+    with autocast(device), data.uncompiled():  # compiled parts are for training
         for rows in torch.arange(len(split.photos)).split(batch_size):
             images.append(model.encode_image(data.normalize(split.take(rows, device))))
         for rows in torch.arange(len(split.captions)).split(batch_size):
@@ -421,7 +437,7 @@ def evaluate(model, split):
         for start in range(0, len(images) - size + 1, size):
             group = slice(start, start + size)
             losses.append(contrastive_loss(model.similarity(images[group], own[group])))
-    recall = recall_at_k(images @ texts.T, split.owner.to(images.device))
+    recall = recall_at_k(images, texts, split.owner.to(images.device))
     percent = {name: 100 * value for name, value in recall.items()}
     return {"loss": torch.stack(losses).mean().item(), **percent, "rsum": sum(percent.values())}
 
@@ -572,8 +588,7 @@ def update_mean(mean, trained, step, largest_decay):
     """mean = decay mean + (1 - decay) trained, in place. A decay of (1 + step) / (10 + step), TensorFlow's
     rule, takes the mean over about the last tenth of the steps so far: the random start is forgotten."""
     decay = min(largest_decay, (1 + step) / (10 + step))
-    for name in mean:
-        mean[name].lerp_(trained[name], 1 - decay)
+    torch._foreach_lerp_(list(mean.values()), [trained[name] for name in mean], 1 - decay)
 
 
 def train(model, splits, recipe, run_dir, resume=False, compile=False):

@@ -35,7 +35,7 @@ import warnings
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
@@ -1033,8 +1033,8 @@ def tokenize(tokenizer, captions, context=77):
     parts = []
     for i in range(0, len(captions), 5000):  # as Python's lists the ids of all would fill memory
         part = captions[i : i + 5000]
-        ids = tokenizer(part, padding="max_length", truncation=True, max_length=context)["input_ids"]
-        parts.append(torch.tensor(ids).int())
+        options = dict(padding="max_length", truncation=True, max_length=context, return_tensors="np")
+        parts.append(torch.from_numpy(tokenizer(part, **options)["input_ids"]).int())
     return torch.cat(parts)
 
 
@@ -1127,12 +1127,12 @@ def show_positions(axes, positions):
 
 def right_and_wrong(split, images, texts, count=3):
     """Rows of the first photos for which the caption found first is their own, and of as many where not."""
-    right = split.owner[(images @ texts.T).argmax(dim=1).cpu()] == torch.arange(len(images))
+    found = torch.cat([(part @ texts.T).argmax(dim=1) for part in images.split(500)]).cpu()
+    right = split.owner[found] == torch.arange(len(images))
     return torch.cat([right.nonzero()[:count, 0], (~right).nonzero()[:count, 0]])
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")
 def class_attention(model, pixels):
     """What the class token takes from each patch, (B, S / P, S / P): the mean over all layers and heads."""
     vision, shares = model.vision_model, []
@@ -1143,7 +1143,8 @@ def class_attention(model, pixels):
         k = attention.k_proj(normed).unflatten(-1, (attention.num_heads, -1))  # (B, T, H, D)
         weights = (torch.einsum("bhd,bthd->bht", q, k) / q.shape[-1] ** 0.5).softmax(dim=-1)
         shares.append(weights[:, :, 1:].mean(dim=1))  # (B, T - 1)
-        x = layer(x)
+        with uncompiled():
+            x = layer(x)
     side = model.config.image_size // model.config.patch_size
     return torch.stack(shares).mean(dim=0).unflatten(1, (side, side))
 
@@ -1377,10 +1378,13 @@ def gather(x):
 def average_gradients(model):
     """The mean over the processes. Each computes the whole loss, so that gather's backward sums WORLD_SIZE
     equal gradients: the mean undoes that, and leaves logit_scale's, which each has whole, as it is."""
-    for p in model.parameters():
-        if WORLD_SIZE > 1 and p.grad is not None:
-            dist.all_reduce(p.grad)
-            p.grad /= WORLD_SIZE
+    if WORLD_SIZE > 1:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        whole = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(whole)
+        whole /= WORLD_SIZE
+        for gradient, mean in zip(gradients, whole.split([gradient.numel() for gradient in gradients])):
+            gradient.copy_(mean.view_as(gradient))
 
 
 def open_device(name):
@@ -1425,6 +1429,13 @@ def compile_parts(model, kinds):
             part.compile(dynamic=False)
     for tower in (model.vision_model, model.text_model):
         replay_graphs(tower)
+
+
+def uncompiled():
+    """A context in which compiled modules run as they are written. Asked of torch.compiler it would be there
+    on CPUs too, where its import takes as long as all of PyTorch's."""
+    compiler = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if compiler else nullcontext()
 
 
 def replay_graphs(tower):

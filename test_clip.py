@@ -140,10 +140,15 @@ def keep_outputs(model):
 
 
 def words_of(model, ids):
-    """What the text tower makes of each token, (B, T, C)."""
-    outputs = keep_outputs(model)
-    model.encode_text(ids)
-    return outputs["text_model.final_layer_norm"]
+    """What the text tower would make of each token, (B, T, C), if the last block went on with all of them."""
+    tower, x = model.text_model, model.text_model.embeddings(ids)
+    T = ids.shape[1]
+    mask = torch.ones(T, T).tril().bool()
+    if not tower.causal:
+        mask = (torch.arange(T) <= (ids == tower.eos_token_id).int().argmax(1, keepdim=True))[:, None, None]
+    for block in tower.encoder.layers:
+        x = block(x, mask)
+    return tower.final_layer_norm(x)
 
 
 def gradients(model):
@@ -594,10 +599,15 @@ def test_every_hidden_state_and_the_gradient_of_every_parameter_equal_hugging_fa
     found, expected = keep_outputs(ours), keep_outputs(theirs)
     contrastive_loss(ours(*inputs)).backward()
     theirs(**their_inputs).loss.backward()
-    # What stands in padding is never read. It differs: they mask padding that we leave to causality.
-    real = their_inputs["attention_mask"].bool()
+    # What stands in padding is never read. It differs: they mask padding that we leave to causality. And from
+    # the last query on we have the class token and the end token alone.
+    real, rows = their_inputs["attention_mask"].bool(), torch.arange(len(inputs[1]))
     for name in found:
-        if name.startswith("text_model"):
+        text = name.startswith("text_model")
+        if found[name].shape != expected[name].shape:
+            place = real.sum(dim=1) - 1 if text else 0
+            found[name], expected[name] = found[name].flatten(0, -2), expected[name][rows, place]
+        elif text and found[name].ndim == 3:
             found[name], expected[name] = found[name][real], expected[name][real]
     assert len(found) == 11 * 5 + 7  # 11 modules in each of the 5 blocks, and 7 around them
     assert difference(found, expected) < 1e-5
@@ -652,7 +662,9 @@ def test_attention_is_the_softmax_formula(masked):
         odds = (torch.einsum("bid,bjd->bij", q[..., D], k[..., D]) / 4**0.5).exp() * (mask if masked else 1)
         heads.append(torch.einsum("bij,bjd->bid", odds / odds.sum(-1, keepdim=True), v[..., D]))
     expected = torch.cat(heads, -1) @ attention.out_proj.weight.T + attention.out_proj.bias
-    assert difference(attention(x, mask if masked else None), expected) < 1e-6
+    assert difference(attention(x, x, mask if masked else None), expected) < 1e-6
+    some = [0, 3]  # ask alone
+    assert difference(attention(x[:, some], x, mask[some] if masked else None), expected[:, some]) < 1e-6
 
 
 def test_under_autocast_blocks_hand_on_bf16_and_embeddings_and_logits_are_fp32(monkeypatch):
@@ -693,10 +705,15 @@ def test_the_gradient_of_the_loss_is_softmax_minus_identity():
     assert difference(logits.grad, softmaxes / 14 - torch.eye(7) / 7) < 1e-6
 
 
+def recall_of(similarity, owner, **options):
+    """recall_at_k for embeddings that have these similarities."""
+    return recall_at_k(similarity, torch.eye(similarity.shape[1]), owner, **options)
+
+
 def test_recall_worked_out_by_hand():
     first = [0.9, 0.1, 0.1, 0.1, 0.1, 0.5, 0.5, 0.5, 0.5, 0.5]
     second = [0.8, 0.2, 0.2, 0.2, 0.2, 0.6, 0.0, 0.0, 0.0, 0.0]
-    found = recall_at_k(torch.tensor([first, second]), torch.tensor([0] * 5 + [1] * 5), ks=(1, 2))
+    found = recall_of(torch.tensor([first, second]), torch.tensor([0] * 5 + [1] * 5), ks=(1, 2))
     # Captions 0 and 5 find their photo. Photo 0 finds its caption 0, and so does photo 1, before its own 5.
     assert found == recall({1: 0.2, 2: 1}, {1: 0.5, 2: 1})
 
@@ -705,25 +722,35 @@ FIVE_EACH = torch.arange(40).repeat_interleave(5)
 UNEVEN = torch.cat([torch.arange(40), torch.arange(60) ** 2 % 40])  # 1 to 13 each, in no order
 
 
+@pytest.mark.parametrize("size", [2**26, 300, 1])  # all similarities, some rows or one row at once
 @pytest.mark.parametrize("owner", [FIVE_EACH, UNEVEN], ids=["five captions each", "uneven"])
-def test_recall_is_that_by_sorting(owner):
-    similarity = torch.randn(40, len(owner)) + (owner == torch.arange(40)[:, None])
+def test_recall_is_that_by_sorting_however_many_similarities_are_held_at_once(owner, size):
+    images, noise = torch.randn(40, 24), torch.randn(len(owner), 24)
+    texts = images[owner] + 2 * noise
+    similarity = images @ texts.T
     best_photos, best_captions = (similarity.argsort(dim, descending=True) for dim in (0, 1))
     t2i, i2t = {}, {}
     for k in (1, 5, 10):
         t2i[k] = np.mean([own in best_photos[:k, c] for c, own in enumerate(owner)])
         i2t[k] = np.mean([photo in owner[best_captions[photo, :k]] for photo in range(40)])
-    assert recall_at_k(similarity, owner) == recall(t2i, i2t)
+    assert 0.1 < t2i[1] < t2i[5] < 1
+    assert recall_at_k(images, texts, owner, size=size) == recall(t2i, i2t)
 
 
-@pytest.mark.parametrize("value", [1.0, torch.nan])
-def test_a_tie_or_a_nan_counts_as_a_miss_and_a_constant_scores_nothing(value):
+def test_a_tie_or_a_nan_counts_as_a_miss_and_a_constant_scores_nothing():
     similarity = (torch.arange(40)[:, None] == FIVE_EACH).float()
-    similarity[0, 5] = value  # photo 0 with the first caption of photo 1: one query each way
-    found = recall_at_k(similarity, FIVE_EACH, ks=(1, 2))
-    assert found == recall({1: 199 / 200, 2: 1}, {1: 39 / 40, 2: 1})
+    similarity[0, 5] = 1  # photo 0 with the first caption of photo 1: one query each way
+    assert recall_of(similarity, FIVE_EACH, ks=(1, 2)) == recall({1: 199 / 200, 2: 1}, {1: 39 / 40, 2: 1})
     nothing = {1: 0, 5: 0, 10: 0}
-    assert recall_at_k(torch.full((40, 200), value), FIVE_EACH) == recall(nothing, nothing)
+    for value in (1.0, torch.nan):
+        alike = torch.full((40, 3), value), torch.full((200, 3), value)
+        assert recall_at_k(*alike, FIVE_EACH) == recall(nothing, nothing)
+
+    # A caption of NaN finds nothing, is before all others for every photo, and takes all from its own.
+    texts = torch.eye(40)[FIVE_EACH]
+    texts[5] = torch.nan
+    found = recall_at_k(torch.eye(40), texts, FIVE_EACH, ks=(1, 2))
+    assert found == recall({1: 199 / 200, 2: 199 / 200}, {1: 0, 2: 39 / 40})
 
 
 E = torch.zeros(6, 24)
@@ -732,7 +759,7 @@ BAD_TENSORS = {
     # What PyTorch would take is refused by name;
     "logits that are not square": (lambda m: contrastive_loss(E), ValueError, r"logits_per_image is \(6, 24"),
     "captions of others": (lambda m: clip.multiview_loss(m, *OTHERS), ValueError, r"is \(6, 4\)"),
-    "an owner below 0": (lambda m: recall_at_k(E, torch.full((24,), -1)), ValueError, "outside the 6"),
+    "an owner below 0": (lambda m: recall_at_k(E, E, torch.full((6,), -1)), ValueError, "outside the 6"),
     # the rest by PyTorch.
     "other sizes": (lambda m: m.encode_image(torch.zeros(2, 3, 48, 48)), RuntimeError, "size"),
     "ids as floats": (lambda m: m.encode_text(captions([3]).float()), RuntimeError, ""),
@@ -817,7 +844,7 @@ def test_a_caption_is_read_at_its_first_end_token_and_nothing_after_it_matters(c
     model, lengths = small_model(causal=causal), [3, 6, 16]
     ids = captions(lengths)
     pooled = model.text_model(ids)
-    assert difference(pooled, words_of(model, ids)[[0, 1, 2], [2, 5, 15]]) == 0
+    assert difference(pooled, words_of(model, ids)[[0, 1, 2], [2, 5, 15]]) < 1e-6
     alone = torch.cat([model.text_model(ids[i : i + 1, :length]) for i, length in enumerate(lengths)])
     assert difference(pooled, alone) < 1e-5
     garbage = ids.where(before(lengths, 16), torch.randint(100, (3, 16)))
@@ -1561,7 +1588,7 @@ def test_a_batch_that_would_fill_a_machine_without_a_gpu_is_refused_before_any_w
 
 def test_a_photo_without_captions_is_no_hit_at_any_k():
     similarity, owner = torch.tensor([[1.0, 0.5], [0.2, 0.9], [0.1, 0.1]]), torch.tensor([0, 1])
-    found = recall_at_k(similarity, owner, ks=(1, 10))
+    found = recall_of(similarity, owner, ks=(1, 10))
     assert found == pytest.approx({"t2i_r1": 1, "t2i_r10": 1, "i2t_r1": 2 / 3, "i2t_r10": 2 / 3})
 
 
@@ -2225,7 +2252,7 @@ def test_two_processes_have_the_loss_and_the_gradient_of_one():
     expected, pair_loss = clip.multiview_loss(model, *encode_views(model, pixels, ids))
     expected.backward()
     # With micro-batches a process sums its gradients in another order: rounding.
-    for (loss, found), tolerance in zip(torch.load("found.pt"), (1e-6, 1e-5)):
+    for (loss, found), tolerance in zip(torch.load("found.pt"), (3e-6, 1e-5)):
         assert difference(loss, pair_loss) < 1e-6
         assert difference(found, gradients(model)) < tolerance
 
