@@ -116,11 +116,18 @@ class MLP(nn.Module):
         return self.fc2(self.activation_fn(self.fc1(x)))
 
 
+def lower(x):
+    """x in autocast's type, where that is on: half the bytes for all that follows."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 class LayerNorm(nn.LayerNorm):
-    """PyTorch's, in the type of x: under autocast it would be fp32, twice the bytes for all that reads it."""
+    """PyTorch's, but in the type of x: F.layer_norm would be fp32 under autocast, twice the bytes."""
 
     def forward(self, x):
-        return super().forward(x).to(x.dtype)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return torch.native_layer_norm(x, self.normalized_shape, weight, bias, self.eps)[0]
 
 
 class Block(nn.Module):
@@ -153,8 +160,7 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, hidden_act) for _ in range(config.num_hidden_layers))
 
     def forward(self, x, read, mask=None, read_mask=None):
-        if torch.is_autocast_enabled(x.device.type):  # bf16: half the bytes for all that follows
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = lower(x)
         for layer in self.layers[:-1]:
             x = layer(x, mask)
         return self.layers[-1](x, read_mask, read)[:, 0]
@@ -185,15 +191,15 @@ class VisionEmbeddings(nn.Module):
         B, _, height, width = pixels.shape
         P = self.patch_embedding.kernel_size[0]
         # A Conv2d for its name in released files; as a Linear on each flattened patch it runs faster.
-        patches = pixels.view(B, 3, height // P, P, width // P, P)
+        patches = lower(pixels).view(B, 3, height // P, P, width // P, P)
         patches = patches.permute(0, 2, 4, 1, 3, 5)  # (B, rows, columns, 3, P, P)
         patches = patches.reshape(B, -1, 3 * P * P)  # (B, T - 1, 3 P P)
         x = F.linear(patches, self.patch_embedding.weight.flatten(1))  # (B, T - 1, C)
-        x = x + self.position_embedding.weight[1:]
+        x = x + self.position_embedding.weight[1:].to(x.dtype)
         if self.training and self.patch_dropout:
             x = drop_patches(x, self.patch_dropout)
         class_token = self.class_embedding + self.position_embedding.weight[0]
-        return torch.cat([class_token.expand(B, 1, -1), x], dim=1)  # (B, T, C)
+        return torch.cat([class_token.to(x.dtype).expand(B, 1, -1), x], dim=1)  # (B, T, C)
 
 
 class VisionTransformer(nn.Module):
@@ -403,19 +409,13 @@ def recall_at_k(image_embeds, text_embeds, caption_owner, ks=(1, 5, 10), size=2*
 # --- Evaluation ------------------------------------------------------------------------------------------
 
 
-def autocast(device):
-    """Matrix products in 16 bits on CUDA (data.half). CUDA graphs forbid autocast's cache."""
-    half = data.half(device)
-    return torch.autocast(device.type, half, half is not None, cache_enabled=False)
-
-
 @torch.no_grad()
 def embed(model, split, batch_size=250):
     """Photos (N, E) and captions (M, E) of a split, in eval mode. Not of train, whose photos are larger."""
     device, training = model.logit_scale.device, model.training
     model.eval()
     images, texts = [], []
-    with autocast(device), data.uncompiled():  # compiled parts are for training
+    with data.autocast(device), data.uncompiled():  # compiled parts are for training
         for rows in torch.arange(len(split.photos)).split(batch_size):
             images.append(model.encode_image(data.normalize(split.take(rows, device))))
         for rows in torch.arange(len(split.captions)).split(batch_size):
@@ -558,7 +558,7 @@ def encode_pairs(model, split, pairs, recipe, seed):
     pixels = data.augment(pixels, size, recipe) if pixels.shape[1] > size else data.normalize(pixels)
     ids = split.tokens(pairs[:, 1:].flatten(), device, cut=True)  # (B K, T)
     ids = data.vary_captions(ids, model.config, recipe)
-    with autocast(device):
+    with data.autocast(device):
         image_embeds, text_embeds = model.encode_image(pixels), model.encode_text(ids)
     return image_embeds.unflatten(0, (len(pairs), -1)), text_embeds.unflatten(0, (len(pairs), -1))
 
@@ -607,7 +607,7 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
     if resume:
         data.load_state(run_dir, state, optimizers)
     if compile:
-        data.compile_parts(model, (VisionEmbeddings, Block))
+        data.compile_blocks(model)
 
     model.train()
     Path(run_dir).mkdir(parents=True, exist_ok=True)

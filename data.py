@@ -1378,13 +1378,10 @@ def gather(x):
 def average_gradients(model):
     """The mean over the processes. Each computes the whole loss, so that gather's backward sums WORLD_SIZE
     equal gradients: the mean undoes that, and leaves logit_scale's, which each has whole, as it is."""
-    if WORLD_SIZE > 1:
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        whole = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(whole)
-        whole /= WORLD_SIZE
-        for gradient, mean in zip(gradients, whole.split([gradient.numel() for gradient in gradients])):
-            gradient.copy_(mean.view_as(gradient))
+    for p in model.parameters():
+        if WORLD_SIZE > 1 and p.grad is not None:
+            dist.all_reduce(p.grad)
+            p.grad /= WORLD_SIZE
 
 
 def open_device(name):
@@ -1415,19 +1412,25 @@ def half(device):
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+def autocast(device):
+    """A context with matrix products in 16 bits on CUDA. CUDA graphs forbid autocast's cache."""
+    kind = half(device)
+    return torch.autocast(device.type, kind, kind is not None, cache_enabled=False)
+
+
 # --- Speed: changes no number but by rounding --------------------------------------------------------
 
 
-def compile_parts(model, kinds):
-    """torch.compile for the modules of these kinds, equal ones once for each shape. Then CUDA graphs."""
+def compile_blocks(model):
+    """torch.compile for the blocks of both towers, equal ones once for each shape. Then CUDA graphs. The last
+    blocks, which go on with one token, and the embeddings would take longer to compile than they save."""
     gc.collect()  # an earlier model's graphs, which hold one another in a cycle
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 64  # a version for each shape
     torch._inductor.config.fallback_random = True  # PyTorch's own dropout, LoRA's, is the faster kernel
-    for part in model.modules():
-        if isinstance(part, kinds):
-            part.compile(dynamic=False)
     for tower in (model.vision_model, model.text_model):
+        for block in tower.encoder.layers[:-1]:
+            block.compile(dynamic=False)
         replay_graphs(tower)
 
 
@@ -1600,7 +1603,7 @@ def command(argv, parse_args, run):
         return 2
     except RuntimeError as error:
         if re.search("out of memory|can't allocate|ALLOC_FAILED", str(error)):
-            advice = "--resume --micro-batch 64 goes on"
+            advice = "--resume and a smaller --micro-batch, say 64, go on"
         elif isinstance(error, dist.DistError) or "gloo" in str(error):  # NCCL's error, or the file of gloo's
             advice = "if a process of the job has ended, --resume goes on"
         else:

@@ -667,9 +667,7 @@ def test_attention_is_the_softmax_formula(masked):
     assert difference(attention(x[:, some], x, mask[some] if masked else None), expected[:, some]) < 1e-6
 
 
-def test_under_autocast_blocks_hand_on_bf16_and_embeddings_and_logits_are_fp32(monkeypatch):
-    norm = torch.nn.LayerNorm.forward  # which autocast computes in fp32 on CUDA
-    monkeypatch.setattr(torch.nn.LayerNorm, "forward", lambda self, x: norm(self, x.float()))
+def test_under_autocast_blocks_hand_on_bf16_and_embeddings_and_logits_are_fp32():
     model = small_model()
     outputs = keep_outputs(model)
     with torch.autocast("cpu", torch.bfloat16):
@@ -2146,7 +2144,13 @@ def half_saved(save, state, path):
 FAULTS = {
     "NaN": (clip, "contrastive_loss", 13, lambda loss, x, **_: loss(x) * torch.nan, "the loss is not finite"),
     "a disk that fills up": (torch, "save", 2, half_saved, "is the disk full"),
-    "full memory": (clip, "train_step", 9, full_memory, "; --resume --micro-batch 64 goes on"),
+    "full memory": (
+        clip,
+        "train_step",
+        9,
+        full_memory,
+        "; --resume and a smaller --micro-batch, say 64, go on",
+    ),
 }
 
 
@@ -3205,13 +3209,13 @@ def test_bad_input_to_a_study_is_one_line_and_exit_code_2(flags, studied, album,
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("B, r, dropout", [(512, 0, 0.0), (256, 64, 0.1), (256, 64, 0.0)])
 def test_a_whole_training_step_keeps_the_gpu_at_matrix_products(B, r, dropout):
-    """As a share of the rate of a product of two large matrices: 0.49 from scratch on one H100."""
+    """As a share of the rate of a product of two large matrices: 0.49 from scratch on one H200."""
     a, device = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16), torch.device("cuda")
     product = 2 * len(a) ** 3 / median_seconds(lambda i: a @ a)
     model, step = whole_step(B, r, dropout, PRESETS["ViT-B/16"], device)
     with FlopCounterMode(display=False) as counter:  # matrix products and attention, forth and back
         step(0)
-    data.compile_parts(model, (clip.VisionEmbeddings, clip.Block))
+    data.compile_blocks(model)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     seconds = median_seconds(step)
