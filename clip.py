@@ -72,9 +72,9 @@ PRESETS = {
 
 class Attention(nn.Module):
     """Multi-head self-attention: softmax(Q K^T / sqrt(D)) V in each of H heads (Vaswani et al. 2017, eq. 1).
-    `asking` (B, Q, C), all tokens of x (B, T, C) or some, to (B, Q, C). A row of the softmax says how much a
-    token takes from each of x. Where `mask`, of a shape that broadcasts to (B, H, Q, T), is False, Q K^T is
-    set to minus infinity: weight 0.
+    x (B, T, C) and `asking`, all of its tokens or some, (B, Q, C), to (B, Q, C). A row of the softmax says
+    how much one that asks takes from each token of x. Where `mask`, of a shape that broadcasts to
+    (B, H, Q, T), is False, Q K^T is set to minus infinity: weight 0.
     """
 
     def __init__(self, config):
@@ -116,24 +116,23 @@ class MLP(nn.Module):
         return self.fc2(self.activation_fn(self.fc1(x)))
 
 
-def lower(x):
-    """x in autocast's type, where that is on: half the bytes for all that follows."""
+def to_autocast_type(x):
+    """x in 16 bits, where autocast is on: half the bytes for all that follows."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 class LayerNorm(nn.LayerNorm):
-    """PyTorch's, but in the type of x: F.layer_norm would be fp32 under autocast, twice the bytes."""
+    """PyTorch's, in the type of x: under autocast it would be fp32, twice the bytes for all that reads it."""
 
     def forward(self, x):
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return torch.native_layer_norm(x, self.normalized_shape, weight, bias, self.eps)[0]
+        return super().forward(x).to(x.dtype)
 
 
 class Block(nn.Module):
     """Pre-norm transformer block, (B, T, C) to (B, T, C): the residual stream x is never normalised, only
     what is read from it; deep stacks then train without tricks (Xiong et al. 2020, arXiv:2002.04745).
-    With `read` (B,), a token of each row, these alone go on, once they have seen the others: (B, 1, C)."""
+    With `read` (B,), the place of a token in each row, that token alone asks and goes on: (B, 1, C)."""
 
     def __init__(self, config, hidden_act):
         super().__init__()
@@ -152,15 +151,16 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A stack of blocks, (B, T, C) to (B, C): CLIP reads a photo or caption at one token, `read` (B,), with
-    which the last block goes on alone. read_mask is the mask of that token."""
+    """A stack of blocks, (B, T, C) to (B, C): CLIP reads a photo or a caption at one token, `read` (B,). What
+    the last block would make of the others nothing reads: it needs their keys and values alone. read_mask
+    is the row of the mask for the token that is read."""
 
     def __init__(self, config, hidden_act):
         super().__init__()
         self.layers = nn.ModuleList(Block(config, hidden_act) for _ in range(config.num_hidden_layers))
 
-    def forward(self, x, read, mask=None, read_mask=None):
-        x = lower(x)
+    def forward(self, x, read, mask, read_mask):
+        x = to_autocast_type(x)
         for layer in self.layers[:-1]:
             x = layer(x, mask)
         return self.layers[-1](x, read_mask, read)[:, 0]
@@ -191,7 +191,7 @@ class VisionEmbeddings(nn.Module):
         B, _, height, width = pixels.shape
         P = self.patch_embedding.kernel_size[0]
         # A Conv2d for its name in released files; as a Linear on each flattened patch it runs faster.
-        patches = lower(pixels).view(B, 3, height // P, P, width // P, P)
+        patches = to_autocast_type(pixels).view(B, 3, height // P, P, width // P, P)
         patches = patches.permute(0, 2, 4, 1, 3, 5)  # (B, rows, columns, 3, P, P)
         patches = patches.reshape(B, -1, 3 * P * P)  # (B, T - 1, 3 P P)
         x = F.linear(patches, self.patch_embedding.weight.flatten(1))  # (B, T - 1, C)
@@ -217,7 +217,8 @@ class VisionTransformer(nn.Module):
         x = self.embeddings(pixels)  # (B, T, C)
         x = self.pre_layrnorm(x)
         class_token = x.new_zeros(x.shape[0], dtype=torch.long)  # it stands first
-        return self.post_layernorm(self.encoder(x, class_token))  # (B, C)
+        x = self.encoder(x, class_token, mask=None, read_mask=None)
+        return self.post_layernorm(x)  # (B, C)
 
 
 class TextEmbeddings(nn.Module):
@@ -251,7 +252,7 @@ class TextTransformer(nn.Module):
         causal_mask = position[:, None] >= position  # (T, T)
         padding_mask = (position <= end[:, None])[:, None, None]  # (B, 1, 1, T): no token sees padding
         x = self.embeddings(ids)  # (B, T, C)
-        # The end token sees what stands before it, in both kinds of tower.
+        # The end token's row of the causal mask is the padding mask, too.
         x = self.encoder(x, end, causal_mask if self.causal else padding_mask, read_mask=padding_mask)
         return self.final_layer_norm(x)  # (B, C)
 
@@ -306,7 +307,7 @@ def sines(places, C):
 def init_weights(model):
     """In place: biases 0, the rest normal with the scales of openai/CLIP (model.py, initialize_parameters),
     those of its text blocks for both towers; norms are left as PyTorch makes them, with weight 1, bias 0.
-    Two things are as trained models have them, which few photos hardly teach: attention and positions."""
+    Two start as trained models have them, since few photos hardly teach them: attention and positions."""
     for tower, config in ((model.vision_model, model.config.vision), (model.text_model, model.config.text)):
         inner = config.hidden_size**-0.5
         # A block adds to the residual stream twice: this keeps its variance from growing with depth (GPT-2).
@@ -377,15 +378,15 @@ def multiview_loss(model, image_embeds, text_embeds):
 
 
 def ranks(queries, answers, query_photo, answer_photo, size):
-    """How many wrong answers are as similar to each query as the best right one or more, (Q,). queries (Q, E)
-    and answers (A, E) are embeddings; an answer of the query's photo is right, and where there is none the
-    rank is infinite. `size`: so many similarities are held at once, as whole rows."""
+    """How many wrong answers are at least as similar to each query as its best right one, (Q,). queries
+    (Q, E) and answers (A, E) are embeddings; an answer of the query's photo is right, and where there is none
+    the rank is infinite. Similarities are made in parts of `size` numbers, and of one row at least."""
     found, rows = [], max(1, size // len(answers))
     for part, photo in zip(queries.split(rows), query_photo.split(rows)):
         similarity = part @ answers.T  # (q, A)
         right = photo[:, None] == answer_photo
         best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-        wrong = ~(similarity < best) & ~right  # not `>=`: against the model count ties and NaN
+        wrong = ~(similarity < best) & ~right  # not `>=`: NaN counts against the model, as ties do
         found.append(torch.where(right.any(dim=1), wrong.sum(dim=1), torch.inf))
     return torch.cat(found)
 
@@ -394,8 +395,8 @@ def recall_at_k(image_embeds, text_embeds, caption_owner, ks=(1, 5, 10), size=2*
     """Retrieval recall as published for Flickr30k: {"t2i_r1": fraction, ..., "i2t_r1": fraction, ...}.
     image_embeds (N, E), text_embeds (M, E); caption_owner (M,): the photo that each caption describes. Text
     to image: how often a caption's photo is among its k best; image to text: how often any of its captions
-    is. Equal embeddings score 0, not 100 %. Where two photos have a caption, the other one counts against
-    the model: it fits, but only owners are known. All similarities of Flickr30k would be 18 GB: see `ranks`.
+    is. Equal embeddings score 0, not 100 %. Where two photos share a caption, the other one counts against
+    the model: it fits, but only owners are known.
     """
     photos = torch.arange(len(image_embeds), device=image_embeds.device)
     if not 0 <= caption_owner.min() <= caption_owner.max() < len(photos):
@@ -478,7 +479,7 @@ class Recipe:
         data.check_settings(self)
 
 
-# CLIP as it was published: one crop and one caption of a photo, as they are, and the last weights.
+# Near CLIP as it was published: one crop and one caption of a photo, else as they are, the last weights.
 PLAIN = dict(views=1, crop=0.4, colour=0.0, patch_dropout=0.0, captions=1, ema=0.0)
 PLAIN |= dict(delete_words=0.0, delete_spans=0.0, swap_halves=0.0, replace_words=0.0)
 DRAWN_RECIPE = Recipe(epochs=6, lr=1.5e-3, weight_decay=0.3, **PLAIN)  # a small model for a small world
@@ -573,11 +574,13 @@ def train_step(model, optimizers, scaler, split, pairs, recipe, step, steps):
     loss = backward(model, encode, scaler)
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # one odd batch can't throw the model far
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # one odd batch can't throw the model far
+    overflow = scaler.is_enabled() and not norm.isfinite()  # of fp16: no optimizer steps, not one of two
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, recipe.lr, recipe.warmup)
-        scaler.step(optimizer)
+        if not overflow:
+            scaler.step(optimizer)
         optimizer.zero_grad()
     scaler.update()
     model.logit_scale.data.clamp_(max=math.log(100))  # the paper's bound (openai/CLIP #46)
@@ -654,7 +657,7 @@ def backward(model, encode, scaler):
         # Every pair meets every other in the loss, but the towers need not hold all at once: gradient caching
         # (Gao et al. 2021, arXiv:2101.06983), which is exact.
         for p in trained_weights(model).values():
-            p.grad = torch.zeros_like(p)  # adds up here: a CUDA graph overwrites the gradients it gave
+            p.grad = torch.zeros_like(p)  # they add up here: what a CUDA graph gave, its next call overwrites
         # 1. Embed all pairs, and keep no graph: that is what fills the memory.
         with torch.no_grad():
             images, texts = zip(*[embeddings() for embeddings in encode])
@@ -666,7 +669,7 @@ def backward(model, encode, scaler):
         sizes = [len(part) for part in images]
         gradients = zip(image_embeds.grad.split(sizes), text_embeds.grad.split(sizes))
         for embeddings, gradient in zip(encode, gradients):
-            # The gradient of sum(x g) is g dx: the chain rule.
+            # The gradient of sum(x g), with g held fixed, is that of the loss: the chain rule.
             sum((x * g).sum() for x, g in zip(embeddings(), gradient)).backward()
     data.average_gradients(model)
     return pair_loss.detach()

@@ -590,10 +590,9 @@ def same_captions(some, others):
     return all(sorted(many.get(name, [])) == sorted(own) for name, own in few.items())
 
 
-def read_captions(folder):
-    """The captions below a folder: (path of their file, {name: (split, captions)}). Published splits come
-    first, dataset_*.json half of whose photos are there; then tables, that with a column split, that of most
-    photos. InputError without any, and for tables that say different things."""
+def captions_files(folder):
+    """Files below a folder that may hold captions: (published, tables, files). The first are Karpathy's
+    dataset_*.json, the last all files. InputError without either of both."""
     if Path(folder).is_file():
         raise InputError(f"--data {folder} is a file: give the folder that holds it and the photos")
     if not Path(folder).is_dir():
@@ -609,7 +608,36 @@ def read_captions(folder):
         raise InputError(
             f"--data {folder}: no captions in it, neither dataset_*.json nor a table ({', '.join(TABLES)})"
         )
+    return published, tables, files
 
+
+def choose_file(read, found, published):
+    """Of several captions files {path: (captions, encoding)} the one to take: that with a column split if it
+    has nearly all photos, else that of most; found(captions) counts them. InputError where a table says
+    something else than another."""
+    most = max(found(captions) for captions, _ in read.values())
+
+    def worth(path):
+        captions, _ = read[path]
+        has_split = any(split for split, _ in captions.values())
+        return has_split and found(captions) > 0.9 * most, found(captions), -len(captions)
+
+    chosen = max(read, key=worth)
+    for other in read:
+        # Not of published ones, which have photos in common: Flickr30k those of Flickr8k.
+        if chosen not in published and not same_captions(read[chosen][0], read[other][0]):
+            both = f"{min(chosen, other)} and {max(chosen, other)} both hold captions, and not the same"
+            raise InputError(f"{both}: move one of them away, or make one file of both, with a column split")
+    if not read[chosen][0]:
+        raise InputError(f"{chosen} holds no captions")
+    return chosen
+
+
+def read_captions(folder):
+    """The captions below a folder: (path of their file, {name: (split, captions)}). Published splits come
+    first, dataset_*.json half of whose photos are there; then tables. InputError without any, and for tables
+    that say different things."""
+    published, tables, files = captions_files(folder)
     here = {bare(path.name) for path in files}
 
     def found(captions):
@@ -619,23 +647,11 @@ def read_captions(folder):
         read = read_files(paths, folder)
         return {path: read[path] for path in read if found(read[path][0]) > share * len(read[path][0])}
 
-    def worth(path):
-        captions, _ = read[path]
-        has_split = any(split for split, _ in captions.values())
-        return has_split and found(captions) > 0.9 * most, found(captions), -len(captions)
-
     first = [*published, *tables][:1]
     read = fitting(published, 1 / 2) or fitting(tables, 0) or read_files(first, folder)
-    most = max(found(captions) for captions, _ in read.values())
-    chosen = max(read, key=worth)
-    for other in read:
-        # Not of published ones, which have photos in common: Flickr30k those of Flickr8k.
-        if chosen not in published and not same_captions(read[chosen][0], read[other][0]):
-            both = f"{min(chosen, other)} and {max(chosen, other)} both hold captions, and not the same"
-            raise InputError(f"{both}: move one of them away, or make one file of both, with a column split")
+    chosen = choose_file(read, found, published)
     captions, encoding = read[chosen]
-    if not captions:
-        raise InputError(f"{chosen} holds no captions")
+
     parts = [path for path in tables if split_of_folder(path, folder)]
     used = parts if chosen in parts else [chosen]
     others = [path for path in files if path in published or path.suffix.lower() in TABLES]

@@ -667,7 +667,9 @@ def test_attention_is_the_softmax_formula(masked):
     assert difference(attention(x[:, some], x, mask[some] if masked else None), expected[:, some]) < 1e-6
 
 
-def test_under_autocast_blocks_hand_on_bf16_and_embeddings_and_logits_are_fp32():
+def test_under_autocast_blocks_hand_on_bf16_and_embeddings_and_logits_are_fp32(monkeypatch):
+    norm = torch.nn.LayerNorm.forward  # which autocast computes in fp32 on CUDA
+    monkeypatch.setattr(torch.nn.LayerNorm, "forward", lambda self, x: norm(self, x.float()))
     model = small_model()
     outputs = keep_outputs(model)
     with torch.autocast("cpu", torch.bfloat16):
@@ -2024,6 +2026,21 @@ def test_fp16_scales_the_loss_takes_the_same_step_and_leaves_one_out_that_overfl
     clip.train_step(model, optimizers, scaler, split, pairs, PLAIN, 1, 10)
     assert difference(model.text_projection.weight, weights[True]) == 0
     assert scaler.get_scale() == pytest.approx(5e29)
+
+
+def test_what_overflows_for_one_optimizer_leaves_the_weights_of_both_as_they_were():
+    split = drawn_split("shapes", data.train_tokenizer(["a small red circle"]), "train")
+    model, recipe = (
+        CLIP(replace(PRESETS["tiny"], eos_token_id=int(split.ids[0, -1]))).train(),
+        replace(PLAIN, muon=1),
+    )
+    before = copy.deepcopy(model.state_dict())
+    model.logit_scale.register_hook(lambda gradient: gradient * torch.nan)  # AdamW's, and not Muon's
+    scaler, optimizers = torch.amp.GradScaler("cpu", init_scale=4.0), clip.make_optimizers(model, recipe)
+    assert len(optimizers) == 2
+    clip.train_step(model, optimizers, scaler, split, split.pairs(0, 0), recipe, 0, 10)
+    assert difference(model.state_dict(), before) == 0
+    assert scaler.get_scale() == 2
 
 
 def test_photos_trains_on_the_first_of_them(album, monkeypatch):
