@@ -1049,8 +1049,10 @@ def tokenize(tokenizer, captions, context=77):
     parts = []
     for i in range(0, len(captions), 5000):  # as Python's lists the ids of all would fill memory
         part = captions[i : i + 5000]
-        options = dict(padding="max_length", truncation=True, max_length=context, return_tensors="np")
-        parts.append(torch.from_numpy(tokenizer(part, **options)["input_ids"]).int())
+        options = dict(truncation=True, max_length=context, return_attention_mask=False)
+        ids = tokenizer(part, padding=True, return_tensors="np", **options)["input_ids"]
+        ids = torch.from_numpy(ids).int()  # as long as the longest, which is faster than `context` all along
+        parts.append(F.pad(ids, (0, context - ids.shape[1]), value=tokenizer.pad_token_id))
     return torch.cat(parts)
 
 
