@@ -399,6 +399,8 @@ def recall_at_k(image_embeds, text_embeds, caption_owner, ks=(1, 5, 10), size=2*
     the model: it fits, but only owners are known.
     """
     photos = torch.arange(len(image_embeds), device=image_embeds.device)
+    if len(caption_owner) != len(text_embeds):
+        raise ValueError(f"caption_owner has {len(caption_owner)} entries for {len(text_embeds)} captions")
     if not 0 <= caption_owner.min() <= caption_owner.max() < len(photos):
         raise ValueError(f"caption_owner names photos outside the {len(photos)} of image_embeds")
     text_rank = ranks(text_embeds, image_embeds, caption_owner, photos, size)  # (M,)

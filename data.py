@@ -1188,7 +1188,9 @@ def draw_inside(path, split, before, after, model, count=16):
     photos = right_and_wrong(split, images, texts)  # (6,)
     captions = (images[photos] @ texts.T).argmax(dim=1).cpu()  # found first for each photo
     attention = class_attention(model, normalize(split.take(photos, images.device))).cpu()  # (6, G, G)
-    bottom.suptitle("the caption found first (green: its own); what the class token takes from each patch")
+    bottom.suptitle(
+        "captions found first, some right (green) and some wrong; what the class token takes from each patch"
+    )
     above, below = bottom.subplots(2, 6)
     for axes in (*above, *below):
         axes.axis("off")  # also those of columns that stay empty
@@ -1566,6 +1568,8 @@ def open_data(args, device, tokenizer, config):
     than the photos becomes all of them. InputError where --out holds a run."""
     if not args.resume and any((args.out / name).exists() for name in (CHECKPOINT, "tokenizer", "log.csv")):
         raise InputError(f"{args.out} holds a run: --resume goes on with it, --out DIR starts another")
+    if args.out.exists() and not args.out.is_dir():
+        raise InputError(f"--out {args.out} is a file: give a folder")
     if args.photos < 0:
         raise InputError(f"--photos {args.photos}: give a number of photos, or 0 for all")
     if args.batch_size % WORLD_SIZE:
@@ -1629,7 +1633,7 @@ def command(argv, parse_args, run):
         print(f"error: {in_words(error)}; {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print("stopped: the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        print("stopped: --resume goes on from the last checkpoint, if there is one yet", file=sys.stderr)
         return 143 if isinstance(stop, Terminated) else 130
     finally:
         signal.signal(signal.SIGTERM, old_handler)

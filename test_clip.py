@@ -759,6 +759,7 @@ BAD_TENSORS = {
     # What PyTorch would take is refused by name;
     "logits that are not square": (lambda m: contrastive_loss(E), ValueError, r"logits_per_image is \(6, 24"),
     "captions of others": (lambda m: clip.multiview_loss(m, *OTHERS), ValueError, r"is \(6, 4\)"),
+    "owners of others": (lambda m: recall_at_k(E, E, torch.zeros(1).int()), ValueError, "1 entries for 6"),
     "an owner below 0": (lambda m: recall_at_k(E, E, torch.full((6,), -1)), ValueError, "outside the 6"),
     # the rest by PyTorch.
     "other sizes": (lambda m: m.encode_image(torch.zeros(2, 3, 48, 48)), RuntimeError, "size"),
@@ -2207,7 +2208,7 @@ def test_a_stopped_run_is_one_line_and_goes_on_bit_for_bit(stop, code, copied):
     wait_until(Path("new/checkpoint.pt").exists, run)
     run.send_signal(signal.Signals[stop])
     assert run.wait(timeout=60) == code
-    said = "stopped: the same command with --resume goes on from the last checkpoint"
+    said = "stopped: --resume goes on from the last checkpoint, if there is one yet"
     assert Path("errors").read_text().splitlines() == [said] and hidden("new") == []
     assert 1 <= len(data.load_checkpoint("new")["history"]) < 6
     assert train_toy("--out new --resume") == 0
@@ -3174,7 +3175,7 @@ BAD = (
     (None, "--epoch 3", "unrecognized arguments: --epoch"),
     (None, "--device cuda:99", "no device cuda:99 here"),
     (None, "--tokenizer nowhere", "no tokenizer nowhere"),
-    (lambda: Path("new").touch(), "", "new: File exists"),
+    (lambda: Path("new").touch(), "", "--out new is a file: give a folder"),
     (None, "--out old", "old holds a run"),
     (None, f"{OLD} --seed 5", "old can't be resumed: seed was 0"),
     (lambda: replace_in_captions("said in", "told in"), OLD, "photos, captions or tokenizer are others"),
