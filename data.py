@@ -590,13 +590,18 @@ def same_captions(some, others):
     return all(sorted(many.get(name, [])) == sorted(own) for name, own in few.items())
 
 
-def captions_files(folder):
-    """Files below a folder that may hold captions: (published, tables, files). The first are Karpathy's
-    dataset_*.json, the last all files. InputError without either of both."""
+def check_folder(folder):
+    """InputError where --data is no folder."""
     if Path(folder).is_file():
         raise InputError(f"--data {folder} is a file: give the folder that holds it and the photos")
     if not Path(folder).is_dir():
         raise InputError(f"--data {folder}: no such folder; {' and '.join(DRAWN)} need none")
+
+
+def captions_files(folder):
+    """Files below a folder that may hold captions: (published, tables, files). The first are Karpathy's
+    dataset_*.json, the last all files. InputError without either of both."""
+    check_folder(folder)
     files = list(files_below(folder))
     published = [path for path in files if path.match("dataset_*.json") and path.stem not in DATASETS_OWN]
     tables = [path for path in files if is_table(path)]
@@ -1574,6 +1579,8 @@ def open_data(args, device, tokenizer, config):
         raise InputError(f"--photos {args.photos}: give a number of photos, or 0 for all")
     if args.batch_size % WORLD_SIZE:
         raise InputError(f"--batch-size {args.batch_size} doesn't divide among {WORLD_SIZE} processes")
+    if args.data not in (*DRAWN, "flickr30k"):
+        check_folder(args.data)
     check_machine(args, device, config)
     if not is_main_process():
         wait_for_all()  # process 0 stores the photos, the others find them

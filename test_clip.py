@@ -1587,6 +1587,11 @@ def test_a_batch_that_would_fill_a_machine_without_a_gpu_is_refused_before_any_w
     assert not Path("cache").exists() and not Path("runs").exists()
 
 
+def test_a_folder_that_is_not_there_is_said_before_a_batch_that_is_too_large(capsys):
+    assert clip.main(["--data", "missing", "--device", "cpu"]) == 2
+    assert_one_error(capsys, "--data missing: no such folder; shapes and sketches need none")
+
+
 def test_a_photo_without_captions_is_no_hit_at_any_k():
     similarity, owner = torch.tensor([[1.0, 0.5], [0.2, 0.9], [0.1, 0.1]]), torch.tensor([0, 1])
     found = recall_of(similarity, owner, ks=(1, 10))
