@@ -1114,7 +1114,7 @@ def draw_retrieval(path, split, images, texts, count=6):
     for axes, caption, photos in zip(rows, captions.tolist(), found):
         pictures = split.take(photos, "cpu")  # (k, S, S, 3)
         edge = pictures.shape[1] // 16
-        framed = F.pad(pictures, (0, 0, edge, edge, edge, edge), value=255)
+        framed = F.pad(pictures, (0, 0, edge, edge, edge, edge), value=225)
         framed[photos == split.owner[caption]] = torch.tensor([50, 205, 50], dtype=torch.uint8)
         framed[:, edge:-edge, edge:-edge] = pictures
 
