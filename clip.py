@@ -129,6 +129,11 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(x).to(x.dtype)
 
 
+def take_tokens(x, places):
+    """Of each row of x (B, T, C) the tokens at its places (B, n): (B, n, C)."""
+    return x.gather(1, places[:, :, None].expand(-1, -1, x.shape[2]))
+
+
 class Block(nn.Module):
     """Pre-norm transformer block, (B, T, C) to (B, T, C): the residual stream x is never normalised, only
     what is read from it; deep stacks then train without tricks (Xiong et al. 2020, arXiv:2002.04745).
@@ -144,8 +149,7 @@ class Block(nn.Module):
     def forward(self, x, mask=None, read=None):
         asking = normed = self.layer_norm1(x)  # (B, T, C)
         if read is not None:
-            place = read[:, None, None].expand(-1, 1, x.shape[2])
-            x, asking = x.gather(1, place), normed.gather(1, place)  # (B, 1, C)
+            x, asking = take_tokens(x, read[:, None]), take_tokens(normed, read[:, None])  # (B, 1, C)
         x = x + self.self_attn(asking, normed, mask)
         return x + self.mlp(self.layer_norm2(x))
 
@@ -169,10 +173,10 @@ class Encoder(nn.Module):
 def drop_patches(x, share):
     """Leaves a share of the patches x (B, T, C) out, other ones for each photo and step: half of them halve
     the work (FLIP, Li et al. 2022, arXiv:2212.00794), and a photo never looks the same twice."""
-    B, T, C = x.shape
+    B, T, _ = x.shape
     kept = max(1, round(T * (1 - share)))
-    rows = torch.rand(B, T, device=x.device).argsort(dim=1)[:, :kept]  # (B, T')
-    return x.gather(1, rows[:, :, None].expand(-1, -1, C))  # (B, T', C), in any order: x knows the positions
+    places = torch.rand(B, T, device=x.device).argsort(dim=1)[:, :kept]  # (B, T')
+    return take_tokens(x, places)  # (B, T', C), in any order: x knows the positions
 
 
 class VisionEmbeddings(nn.Module):
