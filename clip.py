@@ -311,7 +311,7 @@ def sines(places, C):
 def init_weights(model):
     """In place: biases 0, the rest normal with the scales of openai/CLIP (model.py, initialize_parameters),
     those of its text blocks for both towers; norms are left as PyTorch makes them, with weight 1, bias 0.
-    Two start as trained models have them, since few photos hardly teach them: attention and positions."""
+    Attention and positions start as trained models have them, since few photos hardly teach them."""
     for tower, config in ((model.vision_model, model.config.vision), (model.text_model, model.config.text)):
         inner = config.hidden_size**-0.5
         # A block adds to the residual stream twice: this keeps its variance from growing with depth (GPT-2).
@@ -485,7 +485,7 @@ class Recipe:
         data.check_settings(self)
 
 
-# Near CLIP as it was published: one crop and one caption of a photo, else as they are, the last weights.
+# Near CLIP as it was published: one crop, one caption, no colours or words changed, the last weights.
 PLAIN = dict(views=1, crop=0.4, colour=0.0, patch_dropout=0.0, captions=1, ema=0.0)
 PLAIN |= dict(delete_words=0.0, delete_spans=0.0, swap_halves=0.0, replace_words=0.0)
 DRAWN_RECIPE = Recipe(epochs=6, lr=1.5e-3, weight_decay=0.3, **PLAIN)  # a small model for a small world
@@ -581,7 +581,7 @@ def train_step(model, optimizers, scaler, split, pairs, recipe, step, steps):
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # one odd batch can't throw the model far
-    overflow = scaler.is_enabled() and not norm.isfinite()  # of fp16: no optimizer steps, not one of two
+    overflow = scaler.is_enabled() and not norm.isfinite()  # in fp16: then neither optimizer steps
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, recipe.lr, recipe.warmup)

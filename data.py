@@ -1448,7 +1448,7 @@ def autocast(device):
 
 def compile_blocks(model):
     """torch.compile for the blocks of both towers, equal ones once for each shape. Then CUDA graphs. The last
-    blocks, which go on with one token, and the embeddings would take longer to compile than they save."""
+    blocks, which go on with one token, and the embeddings take longer to compile than a short run gains."""
     gc.collect()  # an earlier model's graphs, which hold one another in a cycle
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 64  # a version for each shape
@@ -1460,8 +1460,8 @@ def compile_blocks(model):
 
 
 def uncompiled():
-    """A context in which compiled modules run as they are written. Asked of torch.compiler it would be there
-    on CPUs too, where its import takes as long as all of PyTorch's."""
+    """A context in which compiled modules run as they are written. Where nothing was compiled, torch.compiler
+    isn't asked for it: its import takes as long as all of PyTorch's."""
     compiler = "torch._dynamo" in sys.modules
     return torch.compiler.set_stance("force_eager") if compiler else nullcontext()
 

@@ -2036,10 +2036,8 @@ def test_fp16_scales_the_loss_takes_the_same_step_and_leaves_one_out_that_overfl
 
 def test_what_overflows_for_one_optimizer_leaves_the_weights_of_both_as_they_were():
     split = drawn_split("shapes", data.train_tokenizer(["a small red circle"]), "train")
-    model, recipe = (
-        CLIP(replace(PRESETS["tiny"], eos_token_id=int(split.ids[0, -1]))).train(),
-        replace(PLAIN, muon=1),
-    )
+    model = CLIP(replace(PRESETS["tiny"], eos_token_id=int(split.ids[0, -1]))).train()
+    recipe = replace(PLAIN, muon=1)
     before = copy.deepcopy(model.state_dict())
     model.logit_scale.register_hook(lambda gradient: gradient * torch.nan)  # AdamW's, and not Muon's
     scaler, optimizers = torch.amp.GradScaler("cpu", init_scale=4.0), clip.make_optimizers(model, recipe)
