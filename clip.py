@@ -123,10 +123,13 @@ def to_autocast_type(x):
 
 
 class LayerNorm(nn.LayerNorm):
-    """PyTorch's, in the type of x: under autocast it would be fp32, twice the bytes for all that reads it."""
+    """PyTorch's, in the type of x: autocast would make it fp32, twice the bytes for all that reads it. Mean
+    and variance are summed in fp32 all the same."""
 
     def forward(self, x):
-        return super().forward(x).to(x.dtype)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 def take_tokens(x, places):
@@ -505,7 +508,9 @@ def orthogonalize(x):
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT  # (n, rows, rows)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        factor.diagonal(dim1=1, dim2=2).add_(3.4445)
+        x = factor @ x  # 3.4445 x - 4.7750 x x^T x + 2.0315 (x x^T)^2 x
     return x
 
 
@@ -526,7 +531,8 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(gradients)
             mean = state["momentum_buffer"].lerp_(gradients, 1 - momentum)
-            updates = orthogonalize(gradients.lerp(mean, momentum)).float()  # Nesterov's: a look ahead
+            ahead = gradients.lerp(mean, momentum)  # Nesterov's: a look ahead
+            updates = data.share(orthogonalize, ahead).float()
             torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
             torch._foreach_add_(matrices, updates.unbind(), alpha=-lr * 0.2 * max(matrices[0].shape) ** 0.5)
 

@@ -1400,13 +1400,24 @@ def gather(x):
     return torch.cat(dist_nn.all_gather(x)) if WORLD_SIZE > 1 else x
 
 
+def share(function, x):
+    """function(x), of which each process computes some of the rows of x (n, ...), for all."""
+    if WORLD_SIZE == 1:
+        return function(x)
+    rows = math.ceil(len(x) / WORLD_SIZE)
+    padded = torch.cat([x, x.new_zeros(rows * WORLD_SIZE - len(x), *x.shape[1:])])
+    return gather(function(padded.split(rows)[RANK]))[: len(x)]
+
+
 def average_gradients(model):
     """The mean over the processes. Each computes the whole loss, so that gather's backward sums WORLD_SIZE
     equal gradients: the mean undoes that, and leaves logit_scale's, which each has whole, as it is."""
-    for p in model.parameters():
-        if WORLD_SIZE > 1 and p.grad is not None:
-            dist.all_reduce(p.grad)
-            p.grad /= WORLD_SIZE
+    if WORLD_SIZE > 1:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        with dist._coalescing_manager():  # all at once: hundreds of small sums are mostly waiting
+            for gradient in gradients:
+                dist.all_reduce(gradient)
+        torch._foreach_div_(gradients, WORLD_SIZE)
 
 
 def open_device(name):

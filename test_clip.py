@@ -1952,8 +1952,8 @@ def test_muon_is_that_of_pytorch():
             q.grad = p.grad.clone()
         a.step()
         b.step()
-        for p, q in zip(ours, theirs):  # bf16's products are rounded in other orders
-            assert difference(p, q) < 1e-3
+        for p, q in zip(ours, theirs):  # in bf16, which ours and theirs round in other places
+            assert difference(p, q) < 3e-3
 
 
 def test_orthogonalized_matrices_have_singular_values_near_1():
@@ -2263,6 +2263,9 @@ for micro_batch in (6, 2):
     half = slice(6 * clip.RANK, 6 * clip.RANK + 6)
     loss = tests.backward_of(model, pixels[half], ids[half], micro_batch)
     found.append((loss, tests.gradients(model)))
+rows, seen = torch.randn(3, 2), []  # the same in both, which compute two of them, and one and padding
+assert torch.equal(clip.data.share(lambda x: seen.append(len(x)) or x.exp(), rows), rows.exp())
+assert seen == [2]
 if clip.RANK == 0:
     torch.save(found, "found.pt")
 torch.distributed.barrier()
