@@ -104,9 +104,7 @@ class Split:
         return torch.cat([photo[:, None], first[:, None] + turn], dim=1)
 
     def place(self, device):
-        """Moves ids to the device, and the photos to a GPU where they fill at most half of what is free; else
-        batches are read."""
-        self.ids = self.ids.to(device)  # a step then sends a GPU its rows alone, and is not held up
+        """Moves the photos to a GPU where they fill at most half of what is free; else batches are read."""
         if device.type == "cuda" and self.photos.numel() < torch.cuda.mem_get_info(device)[0] / 2:
             self.photos = self.photos.to(device)
 
@@ -118,10 +116,9 @@ class Split:
         """Ids of captions `rows`, (len(rows), T) int32; T is a multiple of 8 or all. cut: to the T that all
         but one caption in a thousand have room in, the same for each batch, as each T is compiled."""
         longest = self.usual_length if cut else int(self.lengths[rows].max())
-        rows = rows.to(self.ids.device, non_blocking=True)
         ids = self.ids[rows, : math.ceil(longest / 8) * 8]
         ids[:, -1] = self.ids[rows, -1]  # what is cut keeps its end token, which is also the padding
-        return ids.to(device)
+        return ids.to(device, non_blocking=True)
 
     @functools.cached_property
     def usual_length(self):
@@ -147,7 +144,7 @@ def fingerprint(splits):
     for split in splits.values():
         names = [name.rpartition("/")[2] for name in split.names]
         number = zlib.crc32(repr(names).encode(), number)
-        number = zlib.crc32(split.ids.cpu().numpy(), number)
+        number = zlib.crc32(split.ids.numpy(), number)
     return number
 
 
