@@ -123,8 +123,7 @@ def to_autocast_type(x):
 
 
 class LayerNorm(nn.LayerNorm):
-    """PyTorch's, in the type of x: autocast would make it fp32, twice the bytes for all that reads it. Mean
-    and variance are summed in fp32 all the same."""
+    """PyTorch's, in the type of x: autocast would make it fp32, twice the bytes for all that reads it."""
 
     def forward(self, x):
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)

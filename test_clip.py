@@ -32,7 +32,7 @@ import zipfile
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -3286,6 +3286,38 @@ def test_the_readmes_python_runs_as_one_notebook(study_folder):
     for block in blocks:
         block = re.sub(r"flickr\d+k", "shapes", block)
         exec(re.sub(r"epochs=\d+", "epochs=1", block), notebook)
+
+
+# Of each exercise of the README what it changes in clip.py, and into what.
+EXERCISES = [
+    ("math.log(1 / 0.07)", "0.07"),
+    (
+        "x = self.encoder(x, end, causal_mask if self.causal else padding_mask, read_mask=padding_mask)",
+        "x = self.encoder(x, end, None, None)",
+    ),
+    ("return self.layers[-1](x, read_mask, read)[:, 0]", "return self.layers[-1](x, mask).mean(dim=1)"),
+    (
+        "return (loss_image + loss_text) / 2",
+        "signs = 2 * torch.eye(len(labels)) - 1\n"
+        "return -F.logsigmoid(signs * (logits_per_image - math.log(len(labels)))).sum() / len(labels)",
+    ),
+    ("return (loss_image + loss_text) / 2", "return loss_image"),
+    (
+        "return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]",
+        "return self.token_embedding(ids)",
+    ),
+]
+
+
+@pytest.mark.parametrize("old, new", EXERCISES)
+def test_the_exercises_change_a_line_of_clip_that_then_runs(old, new):
+    source = (HERE / "clip.py").read_text()
+    assert source.count(old) == 1 and all(f"`{line}`" in README for line in new.splitlines())
+    changed = ModuleType("changed")
+    exec(source.replace(old, new.replace("\n", "\n    ")), changed.__dict__)
+    loss = changed.contrastive_loss(changed.CLIP(SMALL)(photos(3), captions([3, 5, 9])))
+    loss.backward()
+    assert loss.isfinite() and loss != 0
 
 
 def test_the_readmes_pictures_are_there():
