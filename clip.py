@@ -72,9 +72,9 @@ PRESETS = {
 
 class Attention(nn.Module):
     """Multi-head self-attention: softmax(Q K^T / sqrt(D)) V in each of H heads (Vaswani et al. 2017, eq. 1).
-    x (B, T, C) and `asking`, all of its tokens or some, (B, Q, C), to (B, Q, C). A row of the softmax says
-    how much one that asks takes from each token of x. Where `mask`, of a shape that broadcasts to
-    (B, H, Q, T), is False, Q K^T is set to minus infinity: weight 0.
+    x (B, T, C) and `asking`, all of its tokens or T' of them, (B, T', C), to (B, T', C). A row of the softmax
+    says how much one that asks takes from each token of x. Where `mask`, of a shape that broadcasts to
+    (B, H, T', T), is False, Q K^T is set to minus infinity: weight 0.
     """
 
     def __init__(self, config):
@@ -88,10 +88,10 @@ class Attention(nn.Module):
 
     def forward(self, asking, x, mask=None):
         heads = (self.num_heads, -1)
-        q = self.q_proj(asking).unflatten(-1, heads).transpose(1, 2)  # (B, H, Q, D)
+        q = self.q_proj(asking).unflatten(-1, heads).transpose(1, 2)  # (B, H, T', D)
         k = self.k_proj(x).unflatten(-1, heads).transpose(1, 2)  # (B, H, T, D)
         v = self.v_proj(x).unflatten(-1, heads).transpose(1, 2)  # (B, H, T, D)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, Q, D)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, T', D)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
@@ -123,7 +123,8 @@ def to_autocast_type(x):
 
 
 class LayerNorm(nn.LayerNorm):
-    """PyTorch's, in the type of x: autocast would make it fp32, twice the bytes for all that reads it."""
+    """PyTorch's, in the type of x: autocast would make it fp32, twice the bytes for all that reads it. Mean
+    and variance are summed in fp32 all the same."""
 
     def forward(self, x):
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
@@ -139,7 +140,7 @@ def take_tokens(x, places):
 class Block(nn.Module):
     """Pre-norm transformer block, (B, T, C) to (B, T, C): the residual stream x is never normalised, only
     what is read from it; deep stacks then train without tricks (Xiong et al. 2020, arXiv:2002.04745).
-    With `read` (B,), the place of a token in each row, that token alone asks and goes on: (B, 1, C)."""
+    With `read` (B, 1), the place of a token in each row, that token alone asks and goes on: (B, 1, C)."""
 
     def __init__(self, config, hidden_act):
         super().__init__()
@@ -151,7 +152,7 @@ class Block(nn.Module):
     def forward(self, x, mask=None, read=None):
         asking = normed = self.layer_norm1(x)  # (B, T, C)
         if read is not None:
-            x, asking = take_tokens(x, read[:, None]), take_tokens(normed, read[:, None])  # (B, 1, C)
+            x, asking = take_tokens(x, read), take_tokens(normed, read)  # (B, 1, C)
         x = x + self.self_attn(asking, normed, mask)
         return x + self.mlp(self.layer_norm2(x))
 
@@ -169,7 +170,7 @@ class Encoder(nn.Module):
         x = to_autocast_type(x)
         for layer in self.layers[:-1]:
             x = layer(x, mask)
-        return self.layers[-1](x, read_mask, read)[:, 0]
+        return self.layers[-1](x, read_mask, read[:, None])[:, 0]
 
 
 def drop_patches(x, share):
@@ -254,12 +255,12 @@ class TextTransformer(nn.Module):
         # The first end token: padding repeats it, argmax returns the first of equals.
         end = (ids == self.eos_token_id).int().argmax(dim=-1)  # (B,)
         position = torch.arange(T, device=ids.device)
-        # Causal: padding stands after the end token, where nothing that is read can see it: no padding mask.
-        causal_mask = position[:, None] >= position  # (T, T)
         padding_mask = (position <= end[:, None])[:, None, None]  # (B, 1, 1, T): no token sees padding
+        # Causal: padding stands after the end token, where nothing that is read can see it. The end token's
+        # own row of the causal mask is the padding mask.
+        mask = position[:, None] >= position if self.causal else padding_mask  # (T, T) or as above
         x = self.embeddings(ids)  # (B, T, C)
-        # The end token's row of the causal mask is the padding mask, too.
-        x = self.encoder(x, end, causal_mask if self.causal else padding_mask, read_mask=padding_mask)
+        x = self.encoder(x, end, mask, read_mask=padding_mask)
         return self.final_layer_norm(x)  # (B, C)
 
 
@@ -487,7 +488,7 @@ class Recipe:
         data.check_settings(self)
 
 
-# Near CLIP as it was published: one crop, one caption, no colours or words changed, the last weights.
+# With muon=0 near CLIP as published: one crop, one caption, no colours or words changed, the last weights.
 PLAIN = dict(views=1, crop=0.4, colour=0.0, patch_dropout=0.0, captions=1, ema=0.0)
 PLAIN |= dict(delete_words=0.0, delete_spans=0.0, swap_halves=0.0, replace_words=0.0)
 DRAWN_RECIPE = Recipe(epochs=6, lr=1.5e-3, weight_decay=0.3, **PLAIN)  # a small model for a small world
@@ -508,15 +509,15 @@ def orthogonalize(x):
     for _ in range(5):
         gram = x @ x.mT  # (n, rows, rows)
         factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        factor.diagonal(dim1=1, dim2=2).add_(3.4445)
+        factor.diagonal(dim1=1, dim2=2).add_(3.4445)  # rounded to 1 in 256: 2 % off in all, and fast
         x = factor @ x  # 3.4445 x - 4.7750 x x^T x + 2.0315 (x x^T)^2 x
     return x
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal: a step moves a matrix equally far in all directions, as far as AdamW would in
-    the mean (Liu et al. 2025, arXiv:2502.16982). It is torch.optim.Muon with groups of one shape, which are
-    stepped together: 144 matrices of ViT-B/16, one after the other, leave a GPU waiting."""
+    the mean (Liu et al. 2025, arXiv:2502.16982). It is torch.optim.Muon ("match_rms_adamw") with groups of
+    one shape, stepped together: the 144 matrices of ViT-B/16, one by one, would leave a GPU waiting."""
 
     def __init__(self, groups, lr, weight_decay, momentum=0.95):
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
@@ -530,8 +531,7 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(gradients)
             mean = state["momentum_buffer"].lerp_(gradients, 1 - momentum)
-            ahead = gradients.lerp(mean, momentum)  # Nesterov's: a look ahead
-            updates = data.share(orthogonalize, ahead).float()
+            updates = data.share(orthogonalize, gradients.lerp(mean, momentum)).float()  # Nesterov's
             torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
             torch._foreach_add_(matrices, updates.unbind(), alpha=-lr * 0.2 * max(matrices[0].shape) ** 0.5)
 
@@ -586,7 +586,8 @@ def train_step(model, optimizers, scaler, split, pairs, recipe, step, steps):
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # one odd batch can't throw the model far
-    overflow = scaler.is_enabled() and not norm.isfinite()  # in fp16: then neither optimizer steps
+    # In fp16 neither optimizer steps then: an infinite norm makes 0 of what is finite.
+    overflow = scaler.is_enabled() and not norm.isfinite()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, recipe.lr, recipe.warmup)
@@ -667,8 +668,9 @@ def backward(model, encode, scaler):
     else:
         # Every pair meets every other in the loss, but the towers need not hold all at once: gradient caching
         # (Gao et al. 2021, arXiv:2101.06983), which is exact.
+        # Gradients add up in zeros of their own: what a CUDA graph gives, its next call overwrites.
         for p in trained_weights(model).values():
-            p.grad = torch.zeros_like(p)  # they add up here: what a CUDA graph gave, its next call overwrites
+            p.grad = torch.zeros_like(p)
         # 1. Embed all pairs, and keep no graph: that is what fills the memory.
         with torch.no_grad():
             images, texts = zip(*[embeddings() for embeddings in encode])

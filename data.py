@@ -1401,12 +1401,10 @@ def gather(x):
 
 
 def share(function, x):
-    """function(x), of which each process computes some of the rows of x (n, ...), for all."""
-    if WORLD_SIZE == 1:
-        return function(x)
-    rows = math.ceil(len(x) / WORLD_SIZE)
-    padded = torch.cat([x, x.new_zeros(rows * WORLD_SIZE - len(x), *x.shape[1:])])
-    return gather(function(padded.split(rows)[RANK]))[: len(x)]
+    """function(x), which treats each row of x (n, ...) alone; x is the same in all processes. Each computes
+    its part of the rows and gets the rest from the others."""
+    padded = torch.cat([x, x.new_zeros(-len(x) % WORLD_SIZE, *x.shape[1:])])
+    return gather(function(padded.chunk(WORLD_SIZE)[RANK]))[: len(x)]
 
 
 def average_gradients(model):
@@ -1414,7 +1412,7 @@ def average_gradients(model):
     equal gradients: the mean undoes that, and leaves logit_scale's, which each has whole, as it is."""
     if WORLD_SIZE > 1:
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        with dist._coalescing_manager():  # all at once: hundreds of small sums are mostly waiting
+        with dist._coalescing_manager():  # sent together: hundreds of small sums are mostly waiting
             for gradient in gradients:
                 dist.all_reduce(gradient)
         torch._foreach_div_(gradients, WORLD_SIZE)
@@ -1458,9 +1456,10 @@ def autocast(device):
 
 
 def compile_blocks(model):
-    """torch.compile for the blocks of both towers, equal ones once for each shape. Then CUDA graphs. The last
-    blocks, which go on with one token, and the embeddings take longer to compile than a short run gains."""
-    gc.collect()  # an earlier model's graphs, which hold one another in a cycle
+    """torch.compile for the blocks of both towers, equal ones once for each shape; then both towers replay
+    CUDA graphs. The last blocks, which go on with one token, and the embeddings take longer to compile than a
+    short run gains."""
+    gc.collect()  # frees an earlier model's graphs, which hold one another
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 64  # a version for each shape
     torch._inductor.config.fallback_random = True  # PyTorch's own dropout, LoRA's, is the faster kernel
@@ -1479,14 +1478,16 @@ def uncompiled():
 
 def replay_graphs(tower):
     """Lets a tower train by CUDA graphs, one for each shape of its input: one call replays the thousand
-    kernels of a pass, which Python starts more slowly than a GPU runs small ones. plain keeps its forward."""
+    kernels of a pass, which Python starts more slowly than a GPU runs small ones."""
+    # Copies, since this function gives the tower another forward, and PyTorch what it records.
     plain, graphs, pool = copy.copy(tower), {}, torch.cuda.graph_pool_handle()
 
     def forward(x):
         if not tower.training:
             return plain(x)
         if x.shape not in graphs:
-            with torch.enable_grad(), torch.random.fork_rng([x.device]):  # which recording would use up
+            # Recording draws random numbers, which are put back: a step that records is like any other.
+            with torch.enable_grad(), torch.random.fork_rng([x.device]):
                 graphs[x.shape] = torch.cuda.make_graphed_callables(copy.copy(plain), (x.clone(),), pool=pool)
         return graphs[x.shape](x)
 
