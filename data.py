@@ -1403,6 +1403,8 @@ def gather(x):
 def share(function, x):
     """function(x), which treats each row of x (n, ...) alone; x is the same in all processes. Each computes
     its part of the rows and gets the rest from the others."""
+    if WORLD_SIZE == 1:
+        return function(x)
     padded = torch.cat([x, x.new_zeros(-len(x) % WORLD_SIZE, *x.shape[1:])])
     return gather(function(padded.chunk(WORLD_SIZE)[RANK]))[: len(x)]
 
