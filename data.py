@@ -1587,6 +1587,8 @@ def open_data(args, device, tokenizer, config):
     than the photos becomes all of them. InputError where --out holds a run."""
     if not args.resume and any((args.out / name).exists() for name in (CHECKPOINT, "tokenizer", "log.csv")):
         raise InputError(f"{args.out} holds a run: --resume goes on with it, --out DIR starts another")
+    if args.out == Path():  # also of --out "", as an empty variable of a shell gives it
+        raise InputError("--out is the folder you are in: give one of its own")
     if args.out.exists() and not args.out.is_dir():
         raise InputError(f"--out {args.out} is a file: give a folder")
     if args.photos < 0:
@@ -1604,6 +1606,8 @@ def open_data(args, device, tokenizer, config):
     if is_main_process():
         wait_for_all()
     photos = len(splits["train"].photos)
+    if photos < 2:
+        raise InputError("there is one photo to train on: a batch needs two at least")
     if args.photos > photos:
         raise InputError(f"--photos {args.photos}: there are {photos} to train on")
     if args.batch_size > photos:

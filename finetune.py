@@ -548,6 +548,8 @@ def run(args):
         print(f"done      {args.picture}")
         return
 
+    if (args.out / data.CHECKPOINT).exists():
+        raise InputError(f"{args.out} holds a run of clip.py, not a study: give another --out")
     c = base.config
     splits, _ = data.open_data(args, device, base.source, c)
     for recipe in recipes_of(args):  # what is wrong with the adapters is said before anything is written

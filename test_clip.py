@@ -3200,6 +3200,7 @@ BAD = (
     (pipes, "", "10 of 120 photos are missing below photos, as 0.jpg; there is photos/images/10"),
     (cut_stores, "", "is damaged: delete it"),
     (None, "--photos 81", "--photos 81: there are 80 to train on"),
+    (None, "--photos 1", "there is one photo to train on: a batch needs two at least"),
     (None, "--photos -1", "--photos -1: give a number of photos, or 0 for all"),
     (None, "--lr nan", "--lr nan is not between"),
     (None, "--epoch 3", "unrecognized arguments: --epoch"),
@@ -3207,6 +3208,7 @@ BAD = (
     (None, "--tokenizer nowhere", "no tokenizer nowhere"),
     (lambda: Path("new").touch(), "", "--out new is a file: give a folder"),
     (None, "--out old", "old holds a run"),
+    (None, "--out .", "--out is the folder you are in: give one of its own"),
     (None, f"{OLD} --seed 5", "old can't be resumed: seed was 0"),
     (lambda: replace_in_captions("said in", "told in"), OLD, "photos, captions or tokenizer are others"),
     (lambda: os.truncate("old/checkpoint.pt", 1000), OLD, "missing, damaged or no checkpoint"),
@@ -3236,6 +3238,7 @@ BAD_STUDY = {
     "--targets query": "no plain Linear of the model is called 'query'",
     "--alpha 0": "alpha is 0",
     "--classify nowhere": "no photos in nowhere",
+    "--resume --out trained": "trained holds a run of clip.py, not a study",
 }
 
 
@@ -3244,6 +3247,7 @@ def test_bad_input_to_a_study_is_one_line_and_exit_code_2(flags, studied, album,
     released_folder("base", SPELLING)
     released_folder("others", OPENAI_SMALL)
     Path("run").symlink_to(studied / "runs/shapes-sketches/r4-seed0")
+    Path("trained").symlink_to(studied / "runs/shapes")
     capsys.readouterr()
     given = f"--base base --data photos --out out --batch-size 20 --device cpu {flags}"
     assert finetune.main(given.split()) == 2
