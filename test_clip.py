@@ -668,8 +668,14 @@ def test_attention_is_the_softmax_formula(masked):
 
 
 def test_under_autocast_blocks_hand_on_bf16_and_embeddings_and_logits_are_fp32(monkeypatch):
-    norm = torch.nn.LayerNorm.forward  # which autocast computes in fp32 on CUDA
-    monkeypatch.setattr(torch.nn.LayerNorm, "forward", lambda self, x: norm(self, x.float()))
+    layer_norm = F.layer_norm
+
+    def layer_norm_of_cuda(x, shape, weight, bias, eps):  # under autocast in fp32
+        if torch.is_autocast_enabled("cpu"):
+            x, weight, bias = x.float(), weight.float(), bias.float()
+        return layer_norm(x, shape, weight, bias, eps)
+
+    monkeypatch.setattr(F, "layer_norm", layer_norm_of_cuda)
     model = small_model()
     outputs = keep_outputs(model)
     with torch.autocast("cpu", torch.bfloat16):
@@ -1953,7 +1959,7 @@ def test_muon_is_that_of_pytorch():
         a.step()
         b.step()
         for p, q in zip(ours, theirs):  # in bf16, where ours rounds more (orthogonalize)
-            assert difference(p, q) < 3e-3
+            assert difference(p, q) < 2e-3
 
 
 def test_orthogonalized_matrices_are_3_percent_off_at_most_and_have_singular_values_near_1():
