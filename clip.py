@@ -2,39 +2,51 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.9", "numpy", "pillow", "transformers>=5.8", "peft>=0.18", "pytest", "matplotlib"]
 # ///
-"""CLIP in one file: two transformers that learn to put a photo and its caption at the same place.
+"""CLIP (Radford et al. 2021, arXiv:2103.00020) in one file.
 
-    python clip.py --data shapes     drawn scenes, nothing downloaded: about a minute on two CPU cores
-    python clip.py --epochs 55       ViT-B/16 from scratch on Flickr30k, on a GPU (40 is the default)
+    python clip.py --data shapes     drawn scenes, no download: about a minute on two CPU cores
+    python clip.py --epochs 55       ViT-B/16 from scratch on Flickr30k, on a GPU
 
-Radford et al. 2021, arXiv:2103.00020. Module names are Hugging Face's: released weights load unchanged.
-Shapes: N photos, M captions of a split; B photos in a batch, V crops and K captions of each, S x S pixels, T
-tokens (words, or patches + 1), C channels of a tower, H heads, D = C / H, P x P pixels a patch, E shared.
-A first reading ends with the plain case of `backward`: what follows makes CLIP practical, not clearer.
+Two transformers learn to give a photo and its caption nearly the same vector. Modules have the names of
+Hugging Face's CLIPModel, so released weights load unchanged. A first reading ends with `train`.
+
+Shapes: a split has N photos and M captions; a batch has B photos, with V crops and K captions of each. Photos
+have S x S pixels and patches of P x P. Attention has T tokens (patches + 1, or subwords), of which T' are
+queries, with C channels (hidden_size) in H heads of D = C / H. Embeddings have E numbers (projection_dim).
 """
 
 import copy
+import gc
 import math
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from datetime import timedelta
 from itertools import combinations, product
 from pathlib import Path
 
+import data  # before torch, because it sets an environment variable that torch reads
+
+# isort: split
 import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from torch import nn
 
-import data
-from data import RANK, WORLD_SIZE, InputError, gather, is_main_process, setting, wait_for_all
+# torchrun starts a process for each GPU. Other programs set these variables too, so ask who started us.
+IS_TORCHRUN = dist.is_available() and dist.is_torchelastic_launched()
+RANK = int(os.environ["RANK"]) if IS_TORCHRUN else 0  # the number of this process
+WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if IS_TORCHRUN else 1  # how many there are
+SAVE_SECONDS = 20  # least time between checkpoints: one of ViT-B/16 takes seconds to write
 
 # --- Configuration ---------------------------------------------------------------------------------------
 
 
 @dataclass
 class TowerConfig:
-    """The size of one transformer, in Hugging Face's names."""
+    """The size of one transformer: width, layers, heads and width of the MLP, in Hugging Face's names."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -44,9 +56,11 @@ class TowerConfig:
 
 @dataclass
 class CLIPConfig:
-    """All that defines a CLIP. The defaults are ViT-B/16 as released, except causal: OpenAI's is True.
-    causal: False is a BERT-style text tower, in which every token sees the whole caption; True is one where
-    a token sees itself and what stands before it. hidden_act: "quick_gelu", or "gelu", faster on CPUs.
+    """Everything that defines a CLIP. The defaults are the released ViT-B/16, except for `causal`.
+
+    causal: True is OpenAI's text tower, in which a token attends to itself and the tokens before it. False is
+    a BERT-style text tower, in which every token attends to the whole caption.
+    hidden_act: "quick_gelu", as in released weights, or "gelu", which is faster on CPUs.
     """
 
     vision: TowerConfig = field(default_factory=lambda: TowerConfig(768, 12, 12, 3072))
@@ -71,32 +85,33 @@ PRESETS = {
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: softmax(Q K^T / sqrt(D)) V in each of H heads (Vaswani et al. 2017, eq. 1).
-    x (B, T, C) and `asking`, all of its tokens or T' of them, (B, T', C), to (B, T', C). A row of the softmax
-    says how much one that asks takes from each token of x. Where `mask`, of a shape that broadcasts to
-    (B, H, T', T), is False, Q K^T is set to minus infinity: weight 0.
+    """Multi-head attention: softmax(Q K^T / sqrt(D)) V in each of H heads (Vaswani et al. 2017, eq. 1).
+
+    Queries come from x (B, T', C). Keys and values come from context (B, T, C), which is x by default. The
+    result is (B, T', C). mask broadcasts to (B, H, T', T); where it is False, the attention weight is 0.
     """
 
     def __init__(self, config):
         super().__init__()
         self.num_heads = config.num_attention_heads
-        # Linears of their own, which LoRA can wrap: in nn.MultiheadAttention it has no effect (peft #761).
+        # Four Linears that lora.py can wrap. Inside nn.MultiheadAttention LoRA has no effect (peft #761).
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, asking, x, mask=None):
-        heads = (self.num_heads, -1)
-        q = self.q_proj(asking).unflatten(-1, heads).transpose(1, 2)  # (B, H, T', D)
-        k = self.k_proj(x).unflatten(-1, heads).transpose(1, 2)  # (B, H, T, D)
-        v = self.v_proj(x).unflatten(-1, heads).transpose(1, 2)  # (B, H, T, D)
+    def forward(self, x, mask=None, context=None):
+        context = x if context is None else context
+        heads = (self.num_heads, -1)  # splits C into (H, D)
+        q = self.q_proj(x).unflatten(-1, heads).transpose(1, 2)  # (B, H, T', D)
+        k = self.k_proj(context).unflatten(-1, heads).transpose(1, 2)  # (B, H, T, D)
+        v = self.v_proj(context).unflatten(-1, heads).transpose(1, 2)  # (B, H, T, D)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, T', D)
-        return self.out_proj(x.transpose(1, 2).flatten(2))
+        return self.out_proj(x.transpose(1, 2).flatten(2))  # (B, T', C)
 
 
 def quick_gelu(x):
-    """OpenAI's GELU. Weights trained with one lose accuracy with the other, silently (open_clip #771)."""
+    """OpenAI's approximation of GELU. Weights for one lose accuracy with the other (open_clip #771)."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -104,7 +119,7 @@ ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 
 
 class MLP(nn.Module):
-    """Two Linears with an activation between, applied to each token on its own."""
+    """Two Linears with an activation between them, applied to each token separately."""
 
     def __init__(self, config, hidden_act):
         super().__init__()
@@ -116,75 +131,57 @@ class MLP(nn.Module):
         return self.fc2(self.activation_fn(self.fc1(x)))
 
 
-def to_autocast_type(x):
-    """x in 16 bits, where autocast is on: half the bytes for all that follows."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-
-
-class LayerNorm(nn.LayerNorm):
-    """PyTorch's, in the type of x: autocast would make it fp32, twice the bytes for all that reads it. Mean
-    and variance are summed in fp32 all the same."""
-
-    def forward(self, x):
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
-
-
-def take_tokens(x, places):
-    """Of each row of x (B, T, C) the tokens at its places (B, n): (B, n, C)."""
-    return x.gather(1, places[:, :, None].expand(-1, -1, x.shape[2]))
-
-
 class Block(nn.Module):
-    """Pre-norm transformer block, (B, T, C) to (B, T, C): the residual stream x is never normalised, only
-    what is read from it; deep stacks then train without tricks (Xiong et al. 2020, arXiv:2002.04745).
-    With `read` (B, 1), the place of a token in each row, that token alone asks and goes on: (B, 1, C)."""
+    """Pre-norm transformer block: x (B, T', C) to (B, T', C). The residual stream x is only added to, never
+    normalised, so deep stacks train easily (Xiong et al. 2020, arXiv:2002.04745). x attends to context
+    (B, T, C), which is x by default."""
 
     def __init__(self, config, hidden_act):
         super().__init__()
-        self.layer_norm1 = LayerNorm(config.hidden_size)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size)
         self.self_attn = Attention(config)
-        self.layer_norm2 = LayerNorm(config.hidden_size)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size)
         self.mlp = MLP(config, hidden_act)
 
-    def forward(self, x, mask=None, read=None):
-        asking = normed = self.layer_norm1(x)  # (B, T, C)
-        if read is not None:
-            x, asking = take_tokens(x, read), take_tokens(normed, read)  # (B, 1, C)
-        x = x + self.self_attn(asking, normed, mask)
-        return x + self.mlp(self.layer_norm2(x))
+    def forward(self, x, mask=None, context=None):
+        if context is not None:
+            context = self.layer_norm1(context).to(x.dtype)
+        # On CUDA autocast returns norms in fp32: .to() makes them 16 bits again. Elsewhere it does nothing.
+        x = x + self.self_attn(self.layer_norm1(x).to(x.dtype), mask, context)
+        return x + self.mlp(self.layer_norm2(x).to(x.dtype))
 
 
 class Encoder(nn.Module):
-    """A stack of blocks, (B, T, C) to (B, C): CLIP reads a photo or a caption at one token, `read` (B,). What
-    the last block would make of the others nothing reads: it needs their keys and values alone. read_mask
-    is the row of the mask for the token that is read."""
+    """A stack of blocks, x (B, T, C) to (B, C). The result is the output of the last block at one token of
+    each example: pool_index (B,) is its position, and pool_mask says what it may attend to."""
 
     def __init__(self, config, hidden_act):
         super().__init__()
         self.layers = nn.ModuleList(Block(config, hidden_act) for _ in range(config.num_hidden_layers))
 
-    def forward(self, x, read, mask, read_mask):
-        x = to_autocast_type(x)
+    def forward(self, x, pool_index, mask=None, pool_mask=None):
+        if torch.is_autocast_enabled(x.device.type):  # embeddings are fp32: 16 bits halve the memory traffic
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         for layer in self.layers[:-1]:
             x = layer(x, mask)
-        return self.layers[-1](x, read_mask, read[:, None])[:, 0]
+        # Only one token's output is used, so the last block computes only that one: its query, and the keys
+        # and values of all tokens. The result is the same, and a step of ViT-B/16 takes 5 % less time.
+        rows = torch.arange(x.shape[0], device=x.device)
+        pooled = x[rows, pool_index][:, None]  # (B, 1, C)
+        return self.layers[-1](pooled, pool_mask, context=x)[:, 0]  # (B, C)
 
 
-def drop_patches(x, share):
-    """Leaves a share of the patches x (B, T, C) out, other ones for each photo and step: half of them halve
-    the work (FLIP, Li et al. 2022, arXiv:2212.00794), and a photo never looks the same twice."""
-    B, T, _ = x.shape
-    kept = max(1, round(T * (1 - share)))
-    places = torch.rand(B, T, device=x.device).argsort(dim=1)[:, :kept]  # (B, T')
-    return take_tokens(x, places)  # (B, T', C), in any order: x knows the positions
+def drop_patches(x, fraction):
+    """Leave out a fraction of the patches x (B, T, C), different ones for each photo and step. Half of the
+    patches take half of the work (FLIP, Li et al. 2022, arXiv:2212.00794)."""
+    B, T, C = x.shape
+    kept = torch.rand(B, T, device=x.device).argsort(dim=1)[:, : max(1, round(T * (1 - fraction)))]
+    return x.gather(1, kept[:, :, None].expand(-1, -1, C))  # in any order: x includes the positions
 
 
 class VisionEmbeddings(nn.Module):
-    """Photos (B, 3, S, S) to tokens (B, T, C): one for each P x P patch, and before them the class token,
-    which has no pixels of its own and gathers what the blocks find."""
+    """Photos (B, 3, S, S) to tokens (B, T, C): one token for each P x P patch, after a class token. The class
+    token has no pixels of its own; in the blocks it gathers what the patches say."""
 
     def __init__(self, config):
         super().__init__()
@@ -192,21 +189,22 @@ class VisionEmbeddings(nn.Module):
         self.class_embedding = nn.Parameter(torch.empty(C))
         self.patch_embedding = nn.Conv2d(3, C, kernel_size=P, stride=P, bias=False)
         self.position_embedding = nn.Embedding((config.image_size // P) ** 2 + 1, C)
-        self.patch_dropout = 0.0  # share of the patches that training leaves out
+        self.patch_dropout = 0.0  # `train` sets it to the recipe's
 
     def forward(self, pixels):
         B, _, height, width = pixels.shape
         P = self.patch_embedding.kernel_size[0]
-        # A Conv2d for its name in released files; as a Linear on each flattened patch it runs faster.
-        patches = to_autocast_type(pixels).view(B, 3, height // P, P, width // P, P)
+        # A convolution with stride P is a Linear on each flattened patch, and as a Linear it is faster. It is
+        # a Conv2d for the name and the shape of its weight in released files.
+        patches = pixels.view(B, 3, height // P, P, width // P, P)
         patches = patches.permute(0, 2, 4, 1, 3, 5)  # (B, rows, columns, 3, P, P)
         patches = patches.reshape(B, -1, 3 * P * P)  # (B, T - 1, 3 P P)
         x = F.linear(patches, self.patch_embedding.weight.flatten(1))  # (B, T - 1, C)
-        x = x + self.position_embedding.weight[1:].to(x.dtype)
+        x = x + self.position_embedding.weight[1:]
         if self.training and self.patch_dropout:
             x = drop_patches(x, self.patch_dropout)
-        class_token = self.class_embedding + self.position_embedding.weight[0]
-        return torch.cat([class_token.to(x.dtype).expand(B, 1, -1), x], dim=1)  # (B, T, C)
+        class_token = self.class_embedding + self.position_embedding.weight[0]  # (C,)
+        return torch.cat([class_token.expand(B, 1, -1), x], dim=1)  # (B, T, C)
 
 
 class VisionTransformer(nn.Module):
@@ -215,21 +213,19 @@ class VisionTransformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.embeddings = VisionEmbeddings(config)
-        # OpenAI's extra norm. Hugging Face's name for it lost an "e", and is so in every released file.
-        self.pre_layrnorm = LayerNorm(config.vision.hidden_size)
+        # A norm that the original ViT lacks. "layrnorm" is Hugging Face's spelling, as in released files.
+        self.pre_layrnorm = nn.LayerNorm(config.vision.hidden_size)
         self.encoder = Encoder(config.vision, config.hidden_act)
-        self.post_layernorm = LayerNorm(config.vision.hidden_size)
+        self.post_layernorm = nn.LayerNorm(config.vision.hidden_size)
 
     def forward(self, pixels):
-        x = self.embeddings(pixels)  # (B, T, C)
-        x = self.pre_layrnorm(x)
-        class_token = x.new_zeros(x.shape[0], dtype=torch.long)  # it stands first
-        x = self.encoder(x, class_token, mask=None, read_mask=None)
-        return self.post_layernorm(x)  # (B, C)
+        x = self.pre_layrnorm(self.embeddings(pixels))  # (B, T, C)
+        class_index = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)  # the class token is first
+        return self.post_layernorm(self.encoder(x, class_index))  # (B, C)
 
 
 class TextEmbeddings(nn.Module):
-    """Token ids (B, T) to vectors (B, T, C): what the token is, plus where it stands."""
+    """Token ids (B, T) to vectors (B, T, C): an embedding of the token plus one of its position."""
 
     def __init__(self, config):
         super().__init__()
@@ -241,31 +237,45 @@ class TextEmbeddings(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """Captions (B, T), each `<start> words <end> padding`, to pooled features (B, C) of their end token."""
+    """Token ids (B, T) to pooled features (B, C), the output at each caption's end token.
+
+    A row of ids is `start a dog end pad`. pad has the same id as end, so the first such id is the end. The
+    masks for this row, with a line for each query and an x for each key that it attends to:
+
+                  BERT-style                      causal
+              start  a  dog end pad        start  a  dog end pad
+       start    x    x   x   x   .           x    .   .   .   .
+       a        x    x   x   x   .           x    x   .   .   .
+       dog      x    x   x   x   .           x    x   x   .   .
+       end      x    x   x   x   .           x    x   x   x   .     <- the token that is pooled
+       pad      x    x   x   x   .           x    x   x   x   x
+
+    In a causal tower the end token attends only to what precedes it, so it never sees padding and no padding
+    mask is needed (openai/CLIP #183).
+    """
 
     def __init__(self, config):
         super().__init__()
         self.causal, self.eos_token_id = config.causal, config.eos_token_id
         self.embeddings = TextEmbeddings(config)
         self.encoder = Encoder(config.text, config.hidden_act)
-        self.final_layer_norm = LayerNorm(config.text.hidden_size)
+        self.final_layer_norm = nn.LayerNorm(config.text.hidden_size)
 
     def forward(self, ids):
-        B, T = ids.shape
-        # The first end token: padding repeats it, argmax returns the first of equals.
-        end = (ids == self.eos_token_id).int().argmax(dim=-1)  # (B,)
-        position = torch.arange(T, device=ids.device)
-        padding_mask = (position <= end[:, None])[:, None, None]  # (B, 1, 1, T): no token sees padding
-        # Causal: padding stands after the end token, where nothing that is read can see it. The end token's
-        # own row of the causal mask is the padding mask.
-        mask = position[:, None] >= position if self.causal else padding_mask  # (T, T) or as above
-        x = self.embeddings(ids)  # (B, T, C)
-        x = self.encoder(x, end, mask, read_mask=padding_mask)
+        # argmax returns the first of several maxima. OpenAI's argmax over the ids themselves finds the end
+        # token only where it has the largest id (openai/CLIP #217).
+        end_index = (ids == self.eos_token_id).int().argmax(dim=-1)  # (B,)
+        position = torch.arange(ids.shape[1], device=ids.device)  # (T,)
+        end_mask = (position <= end_index[:, None])[:, None, None]  # (B, 1, 1, T): no key after the end
+        causal_mask = position <= position[:, None]  # (T, T): no key after the query
+        mask = causal_mask if self.causal else end_mask
+        # For the end token itself both masks are the same: the line `end` above.
+        x = self.encoder(self.embeddings(ids), end_index, mask, pool_mask=end_mask)
         return self.final_layer_norm(x)  # (B, C)
 
 
 class CLIP(nn.Module):
-    """Two towers and a temperature. `forward`, then contrastive_loss, are the paper's pseudo-code (figure 3):
+    """Two towers and a temperature. `forward` and contrastive_loss are the paper's pseudo-code (figure 3):
 
     I_e, T_e = l2_normalize(image_encoder(I) @ W_i), l2_normalize(text_encoder(T) @ W_t)
     logits = (I_e @ T_e.T) * exp(t)
@@ -279,153 +289,125 @@ class CLIP(nn.Module):
         self.text_model = TextTransformer(config)
         self.visual_projection = nn.Linear(config.vision.hidden_size, config.projection_dim, bias=False)
         self.text_projection = nn.Linear(config.text.hidden_size, config.projection_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.empty(()))
-        self.name = self.source = None  # of a model that was loaded: where it is, where its tokenizer is
+        self.logit_scale = nn.Parameter(torch.empty(()))  # the logarithm of 1 / temperature
+        self.name_or_path = self.tokenizer_path = None  # paths that finetune.from_pretrained sets
         init_weights(self)
 
     def encode_image(self, pixels):
-        """Photos (B, 3, S, S), normalised as in data.normalize, to unit vectors (B, E) in fp32."""
+        """Pixels (B, 3, S, S), as data.normalize returns them, to unit vectors (B, E) in fp32."""
         return F.normalize(self.visual_projection(self.vision_model(pixels)).float(), dim=-1)
 
     def encode_text(self, ids):
-        """Token ids (B, T) to unit vectors (B, E) in fp32. A row that has no end is read at its start."""
+        """Token ids (B, T) to unit vectors (B, E) in fp32."""
         return F.normalize(self.text_projection(self.text_model(ids)).float(), dim=-1)
 
     def similarity(self, image_embeds, text_embeds):
-        """exp(logit_scale) x cosine, (..., B, E), (..., B', E) to (..., B, B'). Near 100 bf16 is coarse."""
+        """Logits (..., B, B') of unit vectors (..., B, E) and (..., B', E): their cosines times
+        exp(logit_scale). They are fp32, because bf16 would round a logit of 100 to steps of 0.5."""
         with torch.autocast(image_embeds.device.type, enabled=False):
             return self.logit_scale.exp() * image_embeds @ text_embeds.mT
 
     def forward(self, pixels, ids):
-        """B photos and B captions to logits_per_image (B, B); its transpose is logits_per_text."""
-        image_embeds = self.encode_image(pixels)  # (B, E)
-        text_embeds = self.encode_text(ids)  # (B, E)
-        return self.similarity(image_embeds, text_embeds)  # (B, B)
-
-
-def sines(places, C):
-    """Sines and cosines of places (T,) at C / 2 wavelengths, (T, C): at neighbouring places they are alike
-    (Vaswani et al. 2017, 3.5)."""
-    angles = places[:, None] * 10_000 ** -torch.linspace(0, 1, C // 2, device=places.device)
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
+        """B photos and B captions to logits_per_image (B, B). Its transpose is logits_per_text."""
+        image_embeds, text_embeds = self.encode_image(pixels), self.encode_text(ids)  # (B, E) each
+        return self.similarity(image_embeds, text_embeds)
 
 
 @torch.no_grad()
 def init_weights(model):
-    """In place: biases 0, the rest normal with the scales of openai/CLIP (model.py, initialize_parameters),
-    those of its text blocks for both towers; norms are left as PyTorch makes them, with weight 1, bias 0.
-    Attention and positions start as trained models have them, since few photos hardly teach them."""
+    """OpenAI's initial values (openai/CLIP, initialize_parameters). Both towers get those of its text blocks.
+    Biases are 0. Norms and the patch embedding keep PyTorch's defaults."""
     for tower, config in ((model.vision_model, model.config.vision), (model.text_model, model.config.text)):
-        inner = config.hidden_size**-0.5
-        # A block adds to the residual stream twice: this keeps its variance from growing with depth (GPT-2).
-        outer = inner * (2 * config.num_hidden_layers) ** -0.5
+        C, L = config.hidden_size, config.num_hidden_layers
+        # Each block adds to the residual stream twice, by out_proj and fc2. With the factor 1 / sqrt(2 L) the
+        # variance of the stream does not grow with the number of blocks (GPT-2).
+        std = {"fc1": (2 * C) ** -0.5, "out_proj": (2 * L * C) ** -0.5, "fc2": (2 * L * C) ** -0.5}
         for name, module in tower.encoder.named_modules():
             if isinstance(module, nn.Linear):
-                std = {"fc1": (2 * config.hidden_size) ** -0.5, "fc2": outer}.get(name.split(".")[-1], inner)
-                nn.init.normal_(module.weight, std=std)
+                nn.init.normal_(module.weight, std=std.get(name.split(".")[-1], C**-0.5))  # q, k, v: C^-1/2
                 nn.init.zeros_(module.bias)
-        for attention in [block.self_attn for block in tower.encoder.layers]:
-            # A token looks at those like it, k = q, and takes their mean away, out = -v transposed (mimetic
-            # initialisation: Trockman & Kolter 2023, arXiv:2305.09828, whose singular values aren't needed).
-            attention.k_proj.weight.copy_(attention.q_proj.weight)
-            attention.out_proj.weight.copy_(attention.v_proj.weight.T * -outer / inner)
-
     vision, text = model.vision_model.embeddings, model.text_model.embeddings
-    C, side = model.config.vision.hidden_size, model.config.image_size // model.config.patch_size
-    nn.init.normal_(vision.class_embedding, std=C**-0.5)
-    down, right = torch.arange(side).repeat_interleave(side), torch.arange(side).repeat(side)
-    grid = torch.cat([sines(down, C // 2), sines(right, C // 2)], dim=1)  # (T - 1, C)
-    nn.init.zeros_(vision.position_embedding.weight[0])  # the class token stands nowhere
-    vision.position_embedding.weight[1:] = grid * C**-0.5 / grid.std()
-    # Ours: patches of unit pixels start as strong as positions. With the usual 1 / sqrt(fan in) they would be
-    # sqrt(C) times stronger, 28 for ViT-B/16, and where a patch stands would hardly be seen.
-    fan_in = 3 * model.config.patch_size**2
-    nn.init.normal_(vision.patch_embedding.weight, std=(C * fan_in) ** -0.5)
+    C_vision, C_text = model.config.vision.hidden_size, model.config.text.hidden_size
+    nn.init.normal_(vision.class_embedding, std=C_vision**-0.5)
+    nn.init.normal_(vision.position_embedding.weight, std=C_vision**-0.5)
     nn.init.normal_(text.token_embedding.weight, std=0.02)
-    line = sines(torch.arange(model.config.max_position_embeddings), model.config.text.hidden_size)
-    text.position_embedding.weight.copy_(line * 0.01 / line.std())
-
-    nn.init.normal_(model.visual_projection.weight, std=C**-0.5)
-    nn.init.normal_(model.text_projection.weight, std=model.config.text.hidden_size**-0.5)
-    # One over the temperature 0.07. At a scale of exp(0.07), a common slip, training is slow to leave chance.
+    nn.init.normal_(text.position_embedding.weight, std=0.01)
+    nn.init.normal_(model.visual_projection.weight, std=C_vision**-0.5)
+    nn.init.normal_(model.text_projection.weight, std=C_text**-0.5)
+    # The temperature starts at 0.07, so the scale is 14.3. A common slip is a scale of exp(0.07) = 1.07, with
+    # which training hardly leaves chance (open_clip #815).
     nn.init.constant_(model.logit_scale, math.log(1 / 0.07))
 
 
-# --- Loss and recall -------------------------------------------------------------------------------------
+# --- The loss --------------------------------------------------------------------------------------------
 
 
 def contrastive_loss(logits_per_image):
-    """Mean of two cross-entropies over logits (B, B), a scalar: a row asks which caption fits its photo, a
-    column which photo fits its caption, and the diagonal is right. Chance is ln B, 4.85 for 128."""
-    if logits_per_image.shape != (len(logits_per_image),) * 2:
-        raise ValueError(f"logits_per_image is {tuple(logits_per_image.shape)}, where (B, B) is needed")
+    """The mean of two cross-entropies over logits (B, B), a scalar.
+
+    A row asks which caption fits its photo, a column which photo fits its caption. The right answers are on
+    the diagonal. For three photos and their captions:
+
+        logits       softmax of each row    softmax of each column
+        4  1  0      0.94  0.05  0.02       0.87  0.11  0.09
+        2  3  1      0.24  0.67  0.09       0.12  0.79  0.24
+        0  1  2      0.09  0.24  0.67       0.02  0.11  0.67
+
+    The loss is the mean of -ln(diagonal) over both, 0.28 here. A model that guesses has ln B: 1.10 for three
+    pairs, 4.85 for 128. A loss that stays there means that nothing is learnt (open_clip #17).
+    """
+    if logits_per_image.shape != (len(logits_per_image), len(logits_per_image)):
+        raise ValueError(f"logits_per_image is {tuple(logits_per_image.shape)}, but (B, B) is needed")
     labels = torch.arange(len(logits_per_image), device=logits_per_image.device)
-    loss_image = F.cross_entropy(logits_per_image.float(), labels)
-    loss_text = F.cross_entropy(logits_per_image.float().T, labels)
+    logits_per_image = logits_per_image.float()  # also if a caller has them in 16 bits
+    loss_image = F.cross_entropy(logits_per_image, labels)
+    loss_text = F.cross_entropy(logits_per_image.T, labels)
     return (loss_image + loss_text) / 2
 
 
-def multiview_loss(model, image_embeds, text_embeds):
-    """V crops (B, V, E) and K captions (B, K, E) of B photos: (loss, pair_loss), scalars. pair_loss is the
-    mean of contrastive_loss over all V K ways to pair a crop with a caption: with one of each, CLIP's loss.
-    The loss adds that over pairs of crops (SLIP, arXiv:2112.12750) and of captions, where there are any."""
-
-    def mean_loss(pairs):
-        one, other = zip(*pairs)  # n times (B, E) each
-        logits = model.similarity(torch.stack(one), torch.stack(other))  # (n, B, B)
-        return torch.vmap(contrastive_loss)(logits).mean()
-
-    crops, captions = image_embeds.unbind(1), text_embeds.unbind(1)  # V and K times (B, E)
-    loss = pair_loss = mean_loss(product(crops, captions))
-    if len(crops) > 1:
-        loss = loss + mean_loss(combinations(crops, 2))
-    if len(captions) > 1:
-        loss = loss + mean_loss(combinations(captions, 2))
-    return loss, pair_loss
+# --- Recall and evaluation -------------------------------------------------------------------------------
 
 
-def ranks(queries, answers, query_photo, answer_photo, size):
-    """How many wrong answers are at least as similar to each query as its best right one, (Q,). queries
-    (Q, E) and answers (A, E) are embeddings; an answer of the query's photo is right, and where there is none
-    the rank is infinite. Similarities are made in parts of `size` numbers, and of one row at least."""
-    found, rows = [], max(1, size // len(answers))
-    for part, photo in zip(queries.split(rows), query_photo.split(rows)):
-        similarity = part @ answers.T  # (q, A)
-        right = photo[:, None] == answer_photo
-        best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-        wrong = ~(similarity < best) & ~right  # not `>=`: NaN counts against the model, as ties do
-        found.append(torch.where(right.any(dim=1), wrong.sum(dim=1), torch.inf))
-    return torch.cat(found)
+def rank_of_best_match(queries, answers, query_index, answer_index, chunk=2**26):
+    """Rank of the best correct answer of each query (Q,), counted from 0; ties count against the model.
+
+    queries (Q, E) and answers (A, E) are embeddings. An answer with the query's image index is correct. A
+    query without one has rank infinity. At most `chunk` similarities are in memory at once."""
+    ranks, rows = [], max(1, chunk // len(answers))
+    for part, index in zip(queries.split(rows), query_index.split(rows)):
+        similarity = part @ answers.T  # (rows, A)
+        correct = index[:, None] == answer_index
+        best = similarity.masked_fill(~correct, -torch.inf).amax(dim=1, keepdim=True)
+        above = ~(similarity < best) & ~correct  # not `>=`, so that NaN counts against the model too
+        ranks.append(torch.where(correct.any(dim=1), above.sum(dim=1), torch.inf))
+    return torch.cat(ranks)
 
 
-def recall_at_k(image_embeds, text_embeds, caption_owner, ks=(1, 5, 10), size=2**26):
+def recall_at_k(image_embeds, text_embeds, image_index, ks=(1, 5, 10), chunk=2**26):
     """Retrieval recall as published for Flickr30k: {"t2i_r1": fraction, ..., "i2t_r1": fraction, ...}.
-    image_embeds (N, E), text_embeds (M, E); caption_owner (M,): the photo that each caption describes. Text
-    to image: how often a caption's photo is among its k best; image to text: how often any of its captions
-    is. Equal embeddings score 0, not 100 %. Where two photos share a caption, the other one counts against
-    the model: it fits, but only owners are known.
+
+    image_embeds (N, E), text_embeds (M, E); image_index (M,) is the row of the photo of each caption. Text to
+    image (t2i): the fraction of captions whose photo is among the k most similar photos. Image to text (i2t):
+    the fraction of photos with any of their captions among the k most similar captions. ValueError if an
+    index names no photo.
     """
-    photos = torch.arange(len(image_embeds), device=image_embeds.device)
-    if len(caption_owner) != len(text_embeds):
-        raise ValueError(f"caption_owner has {len(caption_owner)} entries for {len(text_embeds)} captions")
-    if not 0 <= caption_owner.min() <= caption_owner.max() < len(photos):
-        raise ValueError(f"caption_owner names photos outside the {len(photos)} of image_embeds")
-    text_rank = ranks(text_embeds, image_embeds, caption_owner, photos, size)  # (M,)
-    image_rank = ranks(image_embeds, text_embeds, photos, caption_owner, size)  # (N,)
+    images = torch.arange(len(image_embeds), device=image_embeds.device)
+    if len(image_index) != len(text_embeds) or not 0 <= image_index.min() <= image_index.max() < len(images):
+        raise ValueError(f"image_index must hold {len(text_embeds)} rows of the {len(images)} images")
+    text_rank = rank_of_best_match(text_embeds, image_embeds, image_index, images, chunk)  # (M,)
+    image_rank = rank_of_best_match(image_embeds, text_embeds, images, image_index, chunk)  # (N,)
     recall = {f"t2i_r{k}": (text_rank < k).float().mean().item() for k in ks}
     return recall | {f"i2t_r{k}": (image_rank < k).float().mean().item() for k in ks}
 
 
-# --- Evaluation ------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def embed(model, split, batch_size=250):
-    """Photos (N, E) and captions (M, E) of a split, in eval mode. Not of train, whose photos are larger."""
+    """Embeddings of the photos (N, E) and the captions (M, E) of a split, with the model in eval mode. A
+    data.Split has take(rows, device), uint8 photos, and tokens(rows, device), token ids of captions."""
     device, training = model.logit_scale.device, model.training
     model.eval()
     images, texts = [], []
-    with data.autocast(device), data.uncompiled():  # compiled parts are for training
+    with autocast(device):
         for rows in torch.arange(len(split.photos)).split(batch_size):
             images.append(model.encode_image(data.normalize(split.take(rows, device))))
         for rows in torch.arange(len(split.captions)).split(batch_size):
@@ -436,20 +418,27 @@ def embed(model, split, batch_size=250):
 
 @torch.no_grad()
 def evaluate(model, split):
-    """The loss of a split, its recalls in percent and their sum: {"loss", "t2i_r1", ..., "i2t_r10", "rsum"}.
-    The loss is over whole groups of 64 photos (of all, if fewer), five times with another caption of each, so
-    that it compares across batch sizes: chance is ln 64 = 4.159. The sum picks the best epoch."""
+    """Loss and recalls in percent: {"loss", "t2i_r1", ..., "i2t_r10"}. The loss is the mean over whole groups
+    of 64 photos (one smaller group if there are fewer), with five captions of each in turn. For 64, chance is
+    ln 64 = 4.159. The loss can rise from overconfidence while recall still rises (open_clip #811)."""
     images, texts = embed(model, split)
     first, count = split.first_captions()  # (N,), (N,)
     size, losses = min(64, len(images)), []
     for turn in range(5):
-        own = texts[first + turn % count]  # (N, E): a caption of each photo
+        captions = texts[first + turn % count]  # (N, E): a caption of each photo
         for start in range(0, len(images) - size + 1, size):
-            group = slice(start, start + size)
-            losses.append(contrastive_loss(model.similarity(images[group], own[group])))
-    recall = recall_at_k(images, texts, split.owner.to(images.device))
-    percent = {name: 100 * value for name, value in recall.items()}
-    return {"loss": torch.stack(losses).mean().item(), **percent, "rsum": sum(percent.values())}
+            logits = model.similarity(images[start : start + size], captions[start : start + size])
+            losses.append(contrastive_loss(logits))
+    recall = recall_at_k(images, texts, split.image_index.to(images.device))
+    return {"loss": torch.stack(losses).mean().item()} | {name: 100 * x for name, x in recall.items()}
+
+
+def describe(row):
+    """An evaluation as one line of text."""
+    return (
+        "loss {loss:.4f}  R@1/5/10 text->image {t2i_r1:5.1f} {t2i_r5:5.1f} {t2i_r10:5.1f}"
+        "  image->text {i2t_r1:5.1f} {i2t_r5:5.1f} {i2t_r10:5.1f}"
+    ).format(**row)
 
 
 # --- Training --------------------------------------------------------------------------------------------
@@ -457,59 +446,244 @@ def evaluate(model, split):
 
 @dataclass
 class Recipe:
-    """How to train: the defaults are for some thousand photos and a ViT-B/16. InputError for odd values."""
+    """How to train. The defaults are for a ViT-B/16 on some thousand photos. PLAIN turns off what the recipe
+    for few photos adds. Every setting is a flag of the command. InputError for a value out of range."""
 
-    epochs: int = setting(40, 1, 1e6, "passes over the photos, less those that fill no whole batch")
-    batch_size: int = setting(128, 2, 1e6, "photos in a step, on all GPUs together")
-    micro_batch: int = setting(0, 0, 1e6, "photos that a GPU embeds at once, with all crops; 0 is all")
-    lr: float = setting(1e-3, 0, 1e3, "peak learning rate")
-    weight_decay: float = setting(0.5, 0, 1e3, "of the matrices of Linears")
-    warmup: float = setting(0.1, 0, 1, "share of the steps in which lr rises")
-    muon: int = setting(1, 0, 1, "1: Muon trains the matrices of the blocks, 0: AdamW trains all")
-    # A small set of photos is soon learnt by heart. It helps to show each in another way every time: cropped,
-    views: int = setting(4, 1, 1e3, "crops of a photo in a step, all positives (drawn scenes aren't cropped)")
-    crop: float = setting(0.1, 0.01, 1, "smallest share of a photo that a crop shows")
-    # in another light,
-    colour: float = setting(0.8, 0, 1, "largest change of a crop's brightness, contrast and saturation")
-    # with gaps, so that four crops cost as much as one photo,
-    patch_dropout: float = setting(0.75, 0, 0.99, "share of a photo's patches that training leaves out")
-    # in other sentences,
-    captions: int = setting(4, 1, 1e3, "captions of a photo in a step, positives of crops and each other")
-    # with words that are missing or wrong, and halves that have changed places.
-    delete_words: float = setting(0.2, 0, 0.99, "share of a caption's words that training leaves out")
-    delete_spans: float = setting(0.4, 0, 1, "share of the captions that lose some words in a row")
-    swap_halves: float = setting(0.3, 0, 1, "share of the captions whose two halves change places")
-    replace_words: float = setting(0.3, 0, 0.99, "share of a caption's words that others replace")
-    # As a falling lr does, a mean takes the noise out of the weights, but while lr is still high.
-    ema: float = setting(0.999, 0, 1, "largest decay of the weights' running mean, which is kept; 0: none")
-    seed: int = setting(0, 0, 1e9, "of weights, batches and crops")
+    epochs: int = data.setting(44, 1, 1e6, "epochs; the last incomplete batch of each is dropped")
+    batch_size: int = data.setting(128, 2, 1e6, "photos in a step, on all GPUs together")
+    lr: float = data.setting(7e-4, 0, 1e3, "learning rate after the warm-up")
+    warmup: float = data.setting(4.0, 0, 1e6, "epochs in which the learning rate rises from 0")
+    weight_decay: float = data.setting(1.0, 0, 1e3, "weight decay of the matrices of Linears")
+    # The recipe for few photos, which has its own section below.
+    muon: int = data.setting(1, 0, 1, "1: Muon for the matrices of the blocks, 0: AdamW for everything")
+    views: int = data.setting(4, 1, 100, "random crops of each photo in a step")
+    crop_scale: float = data.setting(0.1, 0.01, 1, "smallest fraction of a photo's area that a crop shows")
+    color_jitter: float = data.setting(0.8, 0, 1, "largest change of brightness, contrast and saturation")
+    patch_dropout: float = data.setting(0.75, 0, 0.99, "fraction of the patches that training leaves out")
+    texts: int = data.setting(4, 1, 100, "captions of each photo in a step")
+    word_dropout: float = data.setting(0.5, 0, 0.99, "fraction of the words that random words replace")
+    # Large batches.
+    micro_batch: int = data.setting(0, 0, 1e6, "photos that a GPU encodes at once, to save memory; 0 is all")
+    seed: int = data.setting(0, 0, 1e9, "seed of weights, batches and augmentation")
 
     def __post_init__(self):
         data.check_settings(self)
 
 
-# With muon=0 near CLIP as published: one crop, one caption, no colours or words changed, the last weights.
-PLAIN = dict(views=1, crop=0.4, colour=0.0, patch_dropout=0.0, captions=1, ema=0.0)
-PLAIN |= dict(delete_words=0.0, delete_spans=0.0, swap_halves=0.0, replace_words=0.0)
-DRAWN_RECIPE = Recipe(epochs=6, lr=1.5e-3, weight_decay=0.3, **PLAIN)  # a small model for a small world
+PLAIN = dict(muon=0, views=1, crop_scale=0.4, color_jitter=0.0, patch_dropout=0.0)
+PLAIN |= dict(texts=1, word_dropout=0.0)
+DRAWN_RECIPE = Recipe(**(PLAIN | dict(epochs=9, warmup=0.5, weight_decay=0.3, muon=1)))
 
 
-def trained_weights(model):
-    """{name: parameter} of what trains: all, or an adapter alone."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+def make_optimizers(model, recipe):
+    """[AdamW] with OpenAI's betas, or [Muon, AdamW] if Muon, defined below, has the matrices of the blocks.
+
+    Weight decay pulls towards zero. That is a sensible prior for the matrices of Linears, LoRA's too, but not
+    for norms, biases, the logit scale and (unlike in the paper) embeddings."""
+    block_matrices, matrices, others = [], [], []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if recipe.muon and ".layers." in name and p.ndim == 2:
+            block_matrices.append(p)
+        elif p.ndim >= 2 and "embedding" not in name:
+            matrices.append(p)
+        else:
+            others.append(p)
+    lr, decay = recipe.lr, recipe.weight_decay
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    return [Muon(block_matrices, lr, decay), adamw] if block_matrices else [adamw]
+
+
+def make_batch(split, pairs, model, recipe):
+    """The photos and captions of `pairs` (B, 1 + K) as pixels (B V, 3, S, S) and token ids (B K, T). Each row
+    of pairs has the index of a photo, then those of K of its captions. Two rows for K = 2:
+
+        [17, 85, 88]   photo 17 with its captions 85 and 88
+        [ 4, 20, 23]   photo 4 with its captions 20 and 23
+    """
+    config, device = model.config, model.logit_scale.device
+    photos = split.take(pairs[:, 0], device)  # (B, height, width, 3) uint8
+    if photos.shape[1] > config.image_size:  # real photos are stored with a margin for random crops
+        pixels = data.augment(photos, config.image_size, recipe)
+    else:  # drawn scenes are not: a crop would make their "left" and "large" wrong
+        pixels = data.normalize(photos)
+    ids = split.tokens(pairs[:, 1:].flatten(), device, cut=True)  # cut: the same T in every batch
+    return pixels, data.augment_captions(ids, config, recipe.word_dropout)
+
+
+def train_step(model, optimizers, scaler, pixels, ids, recipe, lr, seed):
+    """One step on B photos (B, 3, S, S) and their captions (B, T). Returns the loss. `recipe` and `seed` are
+    there only because train_step_general, which takes its place for several crops or GPUs, needs them."""
+    with autocast(pixels.device):
+        image_embeds, text_embeds = model.encode_image(pixels), model.encode_text(ids)  # (B, E) each
+    loss = contrastive_loss(model.similarity(image_embeds, text_embeds))
+    scaler.scale(loss).backward()  # the scaler changes nothing unless matrix products are in fp16
+    update_weights(model, optimizers, scaler, lr)
+    return loss.detach()
+
+
+def update_weights(model, optimizers, scaler, lr):
+    """Clip gradients, set the learning rate, step, clamp the logit scale."""
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # one odd batch can't throw the model far
+    # On fp16 overflow skip both optimizers. The scaler would skip only the one that overflowed, and clipping
+    # by an infinite norm has set the gradients of the other to zero.
+    overflow = scaler.is_enabled() and not norm.isfinite()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if not overflow:
+            scaler.step(optimizer)
+        optimizer.zero_grad()
+    scaler.update()
+    model.logit_scale.data.clamp_(max=math.log(100))  # the paper's bound (openai/CLIP #46)
+
+
+def train(model, splits, recipe, run_dir, resume=False, compile=False):
+    """Train the parameters that require a gradient, in place. Returns (ema_model, history).
+
+    ema_model has the moving average of the weights, which is evaluated after each epoch and kept. history has
+    a row for each epoch. run_dir gets log.csv and checkpoint.pt, from which `resume` continues, for more
+    epochs too; on the CPU a resumed run is bit for bit the uninterrupted one.
+    """
+    split, B, device = splits["train"], recipe.batch_size, model.logit_scale.device
+    steps_per_epoch = len(split.photos) // B
+    steps = recipe.epochs * steps_per_epoch
+    is_plain = recipe.views == recipe.texts == WORLD_SIZE == 1 and not recipe.micro_batch
+    step_function = train_step if is_plain else train_step_general
+    model.vision_model.embeddings.patch_dropout = recipe.patch_dropout
+    optimizers = make_optimizers(model, recipe)
+    scaler = torch.amp.GradScaler(device.type, enabled=autocast_dtype(device) == torch.float16)
+    # Parameters in the second argument, the frozen ones, are shared with the copy.
+    ema_model = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad}).eval()
+    settings = {"config": asdict(model.config), "recipe": asdict(recipe), "data": data.fingerprint(splits)}
+    settings["source"] = split.source
+    history = resume_run(run_dir, settings, model, ema_model, optimizers, scaler) if resume else []
+    if compile:
+        compile_model(model)
+
+    model.train()
+    saved = time.perf_counter()
+    for epoch in range(len(history), recipe.epochs):
+        start, total = time.perf_counter(), 0.0
+        pairs = split.pairs(recipe.seed, epoch, recipe.texts)  # (N, 1 + K), in another order each epoch
+        for i, batch in enumerate(pairs[: steps_per_epoch * B].split(B)):
+            step = epoch * steps_per_epoch + i
+            # Crops and dropout depend on the seed, the step and the process alone, so that a run can resume.
+            seed = (recipe.seed << 40) + ((step * WORLD_SIZE + RANK) << 12)  # room for 4,096 micro-batches
+            torch.manual_seed(seed)
+            part = batch.chunk(WORLD_SIZE)[RANK]  # that of this process; with one GPU, all of it
+            pixels, ids = make_batch(split, part, model, recipe)
+            # After the warm-up the rate is constant: the moving average takes the place of a decay.
+            lr = recipe.lr * min(1, (step + 1) / max(1, recipe.warmup * steps_per_epoch))
+            loss = step_function(model, optimizers, scaler, pixels, ids, recipe, lr, seed)
+            update_ema(ema_model, model, step)
+            total += loss  # a tensor, so the CPU does not wait for the GPU
+            if (step + 1) % max(10, steps // 40) == 0:  # about 40 lines in a long run
+                text = f"epoch {epoch + 1:3d}/{recipe.epochs}  step {step + 1:6d}/{steps}"
+                text += f"  loss {loss.item():7.4f}  lr {lr:.2e}  scale {model.logit_scale.exp().item():6.2f}"
+                rate = (i + 1) / (time.perf_counter() - start)  # steps a second; .item() waited for the GPU
+                minutes = (steps - step - 1) / rate / 60
+                print(f"{text}  {rate * B:6,.0f} pairs/s  ETA {minutes:6.1f} min", flush=True)
+
+        row = {"epoch": epoch + 1, "train_loss": float(total) / steps_per_epoch, "train_chance": math.log(B)}
+        row |= evaluate(ema_model, splits["val"])
+        if not math.isfinite(row["train_loss"] + row["loss"]):
+            raise data.InputError("the loss is not finite: start a new run with a lower --lr")
+        row["minutes"] = (time.perf_counter() - start) / 60 + (history[-1]["minutes"] if history else 0)
+        history.append(row)
+        print(
+            f"epoch {epoch + 1:3d}/{recipe.epochs}  train {row['train_loss']:.4f}  val {describe(row)}",
+            flush=True,
+        )
+        if RANK == 0 and (epoch + 1 == recipe.epochs or time.perf_counter() - saved > SAVE_SECONDS):
+            save_run(run_dir, settings, history, model, ema_model, optimizers, scaler)
+            saved = time.perf_counter()
+    if WORLD_SIZE > 1:
+        dist.barrier()  # the files of process 0 are complete when this returns
+    return ema_model, history
+
+
+def weights_of(model):
+    """{name: weight} of the parameters that require a gradient: all of them, or those of an adapter."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_run(run_dir, settings, history, model, ema_model, optimizers, scaler):
+    """Write log.csv and checkpoint.pt, each whole or not at all."""
+    state = {"history": history, "scaler": scaler.state_dict()}
+    state |= {"ema_model": weights_of(ema_model), "model": weights_of(model)}
+    state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+    data.write_csv(Path(run_dir) / "log.csv", history)
+    with data.atomic(Path(run_dir) / "checkpoint.pt") as temporary:
+        torch.save(settings | state, temporary)
+
+
+def load_checkpoint(run_dir):
+    """The dictionary that save_run wrote, on the CPU. InputError if it can't be read."""
+    try:  # with weights_only, torch.load runs no code
+        state = torch.load(Path(run_dir) / "checkpoint.pt", map_location="cpu", weights_only=True)
+        if not {"config", "recipe", "data", "source", "ema_model", "model", "history"} <= set(state):
+            raise KeyError
+        return state
+    except Exception as error:  # torch.load raises a dozen kinds
+        message = f"{run_dir}/checkpoint.pt is missing, damaged or of an older version of this project"
+        raise data.InputError(message) from error
+
+
+def resume_run(run_dir, settings, model, ema_model, optimizers, scaler):
+    """Restore what save_run saved and return the history, empty if there is no checkpoint yet. InputError if
+    the model, the recipe or the data differ; only the number of epochs and micro_batch may."""
+    if not (Path(run_dir) / "checkpoint.pt").exists():
+        return []
+    state = load_checkpoint(run_dir)
+    for name, value in (settings["config"] | settings["recipe"]).items():
+        before = (state["config"] | state["recipe"]).get(name)
+        if before != value and name not in ("epochs", "micro_batch"):
+            raise data.InputError(f"{run_dir} can't be resumed: {name} was {before} and is {value} now")
+    if state["data"] != settings["data"]:
+        raise data.InputError(f"{run_dir} can't be resumed: the photos, captions or tokenizer differ")
+    model.load_state_dict(state["model"], strict=False)
+    ema_model.load_state_dict(state["ema_model"], strict=False)
+    scaler.load_state_dict(state["scaler"])
+    for optimizer, optimizer_state in zip(optimizers, state["optimizers"]):
+        optimizer.load_state_dict(optimizer_state)
+    print(f"resumed   after epoch {len(state['history'])}")
+    return state["history"]
+
+
+# --- The recipe for few photos ---------------------------------------------------------------------------
+# A ViT-B/16 with the plain recipe learns the 6,000 photos of Flickr8k by heart. What helps is another start
+# of attention, an optimizer that learns faster, several crops and captions of each photo that never look the
+# same twice, and the moving average of the weights. The README's table says what each of them brings.
+
+
+@torch.no_grad()
+def init_mimetic(model):
+    """Let attention start as it ends in large trained models: K = Q, so each token attends to tokens like
+    itself, and out_proj is minus V transposed, so attention subtracts what it finds. Few photos hardly teach
+    this. It simplifies mimetic initialisation (Trockman & Kolter 2023, arXiv:2305.09828)."""
+    for tower in (model.vision_model, model.text_model):
+        for block in tower.encoder.layers:
+            attention = block.self_attn
+            attention.k_proj.weight.copy_(attention.q_proj.weight)
+            ratio = attention.out_proj.weight.std() / attention.v_proj.weight.std()
+            attention.out_proj.weight.copy_(-ratio * attention.v_proj.weight.T)  # as large as it was
 
 
 def orthogonalize(x):
-    """Matrices x (n, rows, columns) with all singular values moved near 1: five steps of Newton and Schulz in
-    bf16, with coefficients that hurry and are not exact (Jordan 2024, kellerjordan.github.io/posts/muon)."""
+    """Set all singular values of the matrices x (n, rows, columns) near 1: five Newton-Schulz steps with
+    coefficients chosen for speed (Jordan 2024, kellerjordan.github.io/posts/muon)."""
     if x.shape[1] > x.shape[2]:
         return orthogonalize(x.mT).mT
-    x = x.bfloat16()
+    x = x.bfloat16() if x.is_cuda else x  # on most CPUs bf16 is emulated, 20 times slower than fp32
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT  # (n, rows, rows)
-        # 3.4445 x - 4.7750 x x^T x + 2.0315 (x x^T)^2 x. The first term joins the others in bf16, which makes
-        # the result 2 % inexact: to add it afterwards would read and write x once more.
+        # x = (3.4445 I - 4.7750 gram + 2.0315 gram gram) x
         factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         factor.diagonal(dim1=1, dim2=2).add_(3.4445)
         x = factor @ x
@@ -517,235 +691,265 @@ def orthogonalize(x):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal: a step moves a matrix equally far in all directions, as far as AdamW would in
-    the mean (Liu et al. 2025, arXiv:2502.16982). It is torch.optim.Muon ("match_rms_adamw") with groups of
-    one shape, stepped together: the 144 matrices of ViT-B/16, one by one, would leave a GPU waiting."""
+    """Momentum whose singular values are set near 1, with steps as large as AdamW's (Liu et al. 2025,
+    arXiv:2502.16982). It equals torch.optim.Muon ("match_rms_adamw"), but matrices of one shape are
+    stacked: one by one, the 144 matrices of ViT-B/16 would make a step on an H100 nearly twice as long."""
 
-    def __init__(self, groups, lr, weight_decay, momentum=0.95):
+    def __init__(self, matrices, lr, weight_decay, momentum=0.95):
+        by_shape = {}
+        for p in matrices:
+            by_shape.setdefault(p.shape, []).append(p)
+        groups = [{"params": same_shape} for same_shape in by_shape.values()]
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             matrices, lr, momentum = group["params"], group["lr"], group["momentum"]
-            gradients = torch.stack([matrix.grad for matrix in matrices])  # (n, rows, columns)
-            state = self.state[matrices[0]]  # that of all
+            gradients = torch.stack([p.grad for p in matrices])  # (n, rows, columns)
+            state = self.state[matrices[0]]  # one momentum buffer for the whole stack
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(gradients)
-            mean = state["momentum_buffer"].lerp_(gradients, 1 - momentum)
-            ahead = gradients.lerp(mean, momentum)  # Nesterov's: a look ahead
-            updates = data.share(orthogonalize, ahead).float()
+            buffer = state["momentum_buffer"].lerp_(gradients, 1 - momentum)
+            updates = orthogonalize(gradients.lerp(buffer, momentum)).float()  # Nesterov momentum
             torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
+            # The factor gives updates the root mean square that AdamW's usually have, 0.2.
             torch._foreach_add_(matrices, updates.unbind(), alpha=-lr * 0.2 * max(matrices[0].shape) ** 0.5)
 
 
-def make_optimizers(model, recipe):
-    """[Muon, AdamW]: Muon for the matrices of the blocks, if the recipe has it; AdamW with OpenAI's betas for
-    the rest. Decay pulls towards zero: a sensible prior for matrices of Linears (LoRA's too), not for norms,
-    biases, the logit scale and, unlike the paper, embeddings, also of patches."""
-    blocks, matrices, others = {}, [], []
-    for name, p in trained_weights(model).items():
-        if recipe.muon and ".layers." in name and p.ndim == 2:
-            blocks.setdefault(p.shape, []).append(p)
-        else:
-            (matrices if p.ndim >= 2 and "embedding" not in name else others).append(p)
-    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-    decay = recipe.weight_decay
-    adamw = torch.optim.AdamW(groups, recipe.lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=decay, fused=True)
-    shapes = [{"params": same} for same in blocks.values()]
-    return [Muon(shapes, recipe.lr, decay), adamw] if shapes else [adamw]
+def multiview_loss(model, image_embeds, text_embeds):
+    """loss = photo-caption + crop-crop + caption-caption, for V crops (B, V, E) and K captions (B, K, E) of
+    each photo. Each term is the mean of contrastive_loss over all such pairs. Returns (loss, photo-caption),
+    which are equal if V = K = 1. Crops as positives of each other: SLIP (arXiv:2112.12750)."""
+
+    def mean_loss(pairs):
+        a, b = zip(*pairs)  # n pairs of (B, E)
+        logits = model.similarity(torch.stack(a), torch.stack(b))  # (n, B, B): contrastive_loss for all n
+        labels = torch.arange(logits.shape[1], device=logits.device).repeat(len(logits))
+        rows, columns = logits.flatten(0, 1), logits.mT.flatten(0, 1)  # (n B, B) each
+        return (F.cross_entropy(rows, labels) + F.cross_entropy(columns, labels)) / 2
+
+    crops, captions = image_embeds.unbind(1), text_embeds.unbind(1)  # V and K times (B, E)
+    loss = photo_caption = mean_loss(product(crops, captions))
+    if len(crops) > 1:
+        loss = loss + mean_loss(combinations(crops, 2))
+    if len(captions) > 1:
+        loss = loss + mean_loss(combinations(captions, 2))
+    return loss, photo_caption
 
 
-def learning_rate(step, steps, peak, warmup):
-    """At step 0, 1, ...: a line up to `peak` over the share `warmup` of the steps, then half a cosine."""
-    if step < warmup * steps:
-        return peak * (step + 1) / (warmup * steps + 1)
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup * steps) / (steps - warmup * steps)))
+@torch.no_grad()
+def update_ema(ema_model, model, step):
+    """ema = decay ema + (1 - decay) weights. The decay (1 + step) / (4 + step) grows, so that the mean age of
+    what is averaged stays a quarter of the run so far. The average removes the noise of single steps. With a
+    constant learning rate it takes the place of a rate that falls."""
+    averages = [p for p in ema_model.parameters() if p.requires_grad]
+    weights = [p for p in model.parameters() if p.requires_grad]
+    torch._foreach_lerp_(averages, weights, 3 / (4 + step))
 
 
-def encode_pairs(model, split, pairs, recipe, seed):
-    """pairs (B, 1 + K): rows of B photos, and of K captions of each. Returns the embeddings of V crops of a
-    photo (B, V, E) and of its captions (B, K, E). The same seed makes the same crops, words and dropout."""
-    torch.manual_seed(seed)
-    device, size = model.logit_scale.device, model.config.image_size
-    pixels = split.take(pairs[:, 0], device)  # (B, S, S, 3)
-    # Photos are stored with a margin for crops. Drawn scenes are not: a crop makes "left" and "large" wrong.
-    pixels = data.augment(pixels, size, recipe) if pixels.shape[1] > size else data.normalize(pixels)
-    ids = split.tokens(pairs[:, 1:].flatten(), device, cut=True)  # (B K, T)
-    ids = data.vary_captions(ids, model.config, recipe)
-    with data.autocast(device):
-        image_embeds, text_embeds = model.encode_image(pixels), model.encode_text(ids)
-    return image_embeds.unflatten(0, (len(pairs), -1)), text_embeds.unflatten(0, (len(pairs), -1))
+# --- Large batches and several GPUs ----------------------------------------------------------------------
 
 
-def train_step(model, optimizers, scaler, split, pairs, recipe, step, steps):
-    """Embed, loss, backward, clip, schedule, step on pairs (B, 1 + K). Returns the loss between photos and
-    captions, a scalar on the device."""
-    # This process's share, in micro-batches (in the plain case one), each with a seed of its own.
-    parts = pairs.chunk(WORLD_SIZE)[RANK].split(recipe.micro_batch or len(pairs))
-    seed = (recipe.seed << 32) + (step * WORLD_SIZE + RANK) * len(parts)
-    encode = [partial(encode_pairs, model, split, part, recipe, seed + i) for i, part in enumerate(parts)]
-    loss = backward(model, encode, scaler)
-    for optimizer in optimizers:
-        scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # one odd batch can't throw the model far
-    # In fp16 neither optimizer steps then: an infinite norm makes 0 of what is finite.
-    overflow = scaler.is_enabled() and not norm.isfinite()
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, recipe.lr, recipe.warmup)
-        if not overflow:
-            scaler.step(optimizer)
-        optimizer.zero_grad()
-    scaler.update()
-    model.logit_scale.data.clamp_(max=math.log(100))  # the paper's bound (openai/CLIP #46)
-    return loss
+def gather_rows(x):
+    """Rows of all processes, (B / processes, ...) to (B, ...). The backward pass adds up the gradients that
+    the processes have for a row, and returns them to the process of the row."""
+    return torch.cat(dist_nn.all_gather(x)) if WORLD_SIZE > 1 else x
 
 
-def update_mean(mean, trained, step, largest_decay):
-    """mean = decay mean + (1 - decay) trained, in place. A decay of (1 + step) / (10 + step), TensorFlow's
-    rule, takes the mean over about the last tenth of the steps so far: the random start is forgotten."""
-    decay = min(largest_decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(mean.values()), [trained[name] for name in mean], 1 - decay)
+def train_step_general(model, optimizers, scaler, pixels, ids, recipe, lr, seed=0):
+    """train_step for V crops (B V, 3, S, S) and K captions (B K, T) of each photo, micro-batches and several
+    processes. The loss compares all pairs of all processes, but a GPU encodes micro_batch photos at once:
 
+    1. Encode all micro-batches without keeping activations.
+    2. Compute the loss of all embeddings, and its gradient with respect to each embedding.
+    3. Encode each micro-batch again, now with activations, and backpropagate its part of that gradient.
 
-def train(model, splits, recipe, run_dir, resume=False, compile=False):
-    """Trains what requires a gradient in the model, on its device. Returns the history: a row an epoch, with
-    the loss and recalls that the weights' running mean has on splits["val"]. After an epoch run_dir gets
-    log.csv, and a checkpoint if the last is 20 seconds old or the run ends; resume goes on from there, on the
-    CPU bit for bit: batches and crops derive from seed and step. InputError if the loss isn't finite."""
-    split, B = splits["train"], recipe.batch_size
-    steps_per_epoch = len(split.photos) // B
-    steps = recipe.epochs * steps_per_epoch
-    model.vision_model.embeddings.patch_dropout = recipe.patch_dropout
-    optimizers = make_optimizers(model, recipe)
-    scaler = torch.amp.GradScaler(enabled=data.half(model.logit_scale.device) == torch.float16)
-    averaged = copy.deepcopy(model) if recipe.ema else model
-    state = data.new_state(model.config, recipe, splits, trained_weights(model), trained_weights(averaged))
-    if resume:
-        data.load_state(run_dir, state, optimizers)
-    if compile:
-        data.compile_blocks(model)
+    This is gradient caching (Gao et al. 2021, arXiv:2101.06983): the gradient is that of the whole batch."""
+    B = len(pixels) // recipe.views
+    size = recipe.micro_batch or B
+    parts = list(zip(pixels.split(size * recipe.views), ids.split(size * recipe.texts)))
 
-    model.train()
-    Path(run_dir).mkdir(parents=True, exist_ok=True)
-    saved = time.perf_counter()
-    for epoch in range(len(state["history"]), recipe.epochs):
-        start, total = time.perf_counter(), 0.0
-        pairs = split.pairs(recipe.seed, epoch, recipe.captions)  # (N, 1 + K)
-        for i, batch in enumerate(pairs[: steps_per_epoch * B].split(B)):
-            step = epoch * steps_per_epoch + i
-            loss = train_step(model, optimizers, scaler, split, batch, recipe, step, steps)
-            if recipe.ema:
-                update_mean(state["last"], state["trained"], step, recipe.ema)  # the weights of `averaged`
-            total += loss
-            if (step + 1) % max(10, steps // 40) == 0:  # some 40 lines for a long run
-                loss = loss.item()  # waits for the GPU, so before the clock
-                scale = model.logit_scale.exp().item()
-                rate = (i + 1) / (time.perf_counter() - start)
-                data.print_step(recipe, step, steps, loss, optimizers[0].param_groups[0]["lr"], scale, rate)
+    def encode(i):
+        torch.manual_seed(seed + i)  # the same dropout in steps 1 and 3
+        with autocast(pixels.device):
+            image_embeds, text_embeds = model.encode_image(parts[i][0]), model.encode_text(parts[i][1])
+        return image_embeds.unflatten(0, (-1, recipe.views)), text_embeds.unflatten(0, (-1, recipe.texts))
 
-        row = {"epoch": epoch + 1, "train_loss": float(total) / steps_per_epoch, "train_chance": math.log(B)}
-        row |= evaluate(averaged, splits["val"])
-        if not math.isfinite(row["train_loss"] + row["loss"]):
-            raise InputError("the loss is not finite: start a new run with a lower --lr or a longer --warmup")
-        state["seconds"] += time.perf_counter() - start
-        scale, lr = model.logit_scale.exp().item(), optimizers[0].param_groups[0]["lr"]
-        row |= {"lr": lr, "logit_scale": scale, "minutes": state["seconds"] / 60}
-        data.add_epoch(state, row, recipe)
-        saved = data.save_progress(run_dir, state, optimizers, saved, epoch + 1 == recipe.epochs)
-    wait_for_all()  # what process 0 wrote is there now
-    return state["history"]
-
-
-# --- Many pairs and many GPUs ----------------------------------------------------------------------------
-
-
-def backward(model, encode, scaler):
-    """Leaves the gradient of multiview_loss over the pairs of all processes in the parameters; returns
-    pair_loss. encode: for each micro-batch a function that returns its embeddings, the same each time."""
-    if len(encode) == 1:  # the plain case
-        image_embeds, text_embeds = encode[0]()
-        loss, pair_loss = multiview_loss(model, gather(image_embeds), gather(text_embeds))
+    if len(parts) == 1:
+        image_embeds, text_embeds = encode(0)  # (B, V, E), (B, K, E)
+        loss, photo_caption = multiview_loss(model, gather_rows(image_embeds), gather_rows(text_embeds))
         scaler.scale(loss).backward()
     else:
-        # Every pair meets every other in the loss, but the towers need not hold all at once: gradient caching
-        # (Gao et al. 2021, arXiv:2101.06983), which is exact.
-        # Gradients add up in zeros of their own: what a CUDA graph gives, its next call overwrites.
-        for p in trained_weights(model).values():
-            p.grad = torch.zeros_like(p)
-        # 1. Embed all pairs, and keep no graph: that is what fills the memory.
+        # Add up gradients in buffers of our own. PyTorch could otherwise keep the output of a CUDA graph as
+        # p.grad, and the next replay would overwrite it.
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
         with torch.no_grad():
-            images, texts = zip(*[embeddings() for embeddings in encode])
-        image_embeds, text_embeds = torch.cat(images).requires_grad_(), torch.cat(texts).requires_grad_()
-        # 2. The loss is a function of the embeddings alone: compute it, and its gradient for each of them.
-        loss, pair_loss = multiview_loss(model, gather(image_embeds), gather(text_embeds))
+            images, texts = zip(*[encode(i) for i in range(len(parts))])
+        all_images, all_texts = torch.cat(images).requires_grad_(), torch.cat(texts).requires_grad_()
+        loss, photo_caption = multiview_loss(model, gather_rows(all_images), gather_rows(all_texts))
         scaler.scale(loss).backward()
-        # 3. Embed each micro-batch again, now with a graph, and send its part of that gradient through it.
-        sizes = [len(part) for part in images]
-        gradients = zip(image_embeds.grad.split(sizes), text_embeds.grad.split(sizes))
-        for embeddings, gradient in zip(encode, gradients):
-            # The gradient of sum(x g), with g held fixed, is that of the loss: the chain rule.
-            sum((x * g).sum() for x, g in zip(embeddings(), gradient)).backward()
-    data.average_gradients(model)
-    return pair_loss.detach()
+        image_grads, text_grads = all_images.grad.split(size), all_texts.grad.split(size)
+        for i in range(len(parts)):
+            image_embeds, text_embeds = encode(i)
+            # The gradient of this sum, with the gradients held fixed, is that of the loss (chain rule).
+            ((image_embeds * image_grads[i]).sum() + (text_embeds * text_grads[i]).sum()).backward()
+    if WORLD_SIZE > 1:
+        # Every process backpropagated the same whole loss, and gather_rows added up what they got for a row,
+        # so the gradients are WORLD_SIZE times too large: the mean over the processes is right.
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        with dist._coalescing_manager():  # one message instead of hundreds
+            for gradient in gradients:
+                dist.all_reduce(gradient)
+        torch._foreach_div_(gradients, WORLD_SIZE)
+    update_weights(model, optimizers, scaler, lr)
+    return photo_caption.detach()
+
+
+def open_device(name):
+    """The torch.device of this name. With torchrun, also connect its processes. InputError for no device."""
+    try:
+        torch.zeros(1, device=name).item()  # .item() fails on "meta", which holds no numbers
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without CUDA
+        raise data.InputError(f"--device {name} can't be used here: {data.first_line(error)}") from error
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if WORLD_SIZE > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+        if RANK > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, process 0 prints for all
+    return device
+
+
+# --- Precision and compiling -----------------------------------------------------------------------------
+
+
+def autocast_dtype(device):
+    """The type of matrix products: on CUDA bf16, which has the range of fp32, or fp16 on cards without it
+    (T4, P100), where the loss must be scaled (openai/CLIP #40). Elsewhere fp32."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def autocast(device):
+    """The context of forward passes. CUDA graphs forbid the cache of cast weights."""
+    dtype = autocast_dtype(device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
+
+
+def compile_model(model):
+    """Compile the blocks of both towers, and replay each tower as a CUDA graph: one call starts the thousand
+    kernels of a pass, which Python would start more slowly than the GPU runs them. The last block, which has
+    another shape, and the embeddings take longer to compile than a short run gains."""
+    gc.collect()  # free the graphs of an earlier model
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = 64  # one version for each shape
+    torch._inductor.config.fallback_random = True  # PyTorch's own dropout is the faster kernel
+    for tower in (model.vision_model, model.text_model):
+        for block in tower.encoder.layers[:-1]:
+            block.compile(dynamic=False)
+        tower.forward = graphed(copy.copy(tower))  # the copy keeps the forward function that is recorded
+
+
+def graphed(tower):
+    """A forward function for training that records a CUDA graph for each new shape of x, then replays it."""
+    graphs, pool = {}, torch.cuda.graph_pool_handle()
+
+    def forward(x):
+        if x.shape not in graphs:
+            # Recording draws random numbers. They are put back, so that a run does not depend on it.
+            # PyTorch replaces the forward of the module that it records, so it gets a copy.
+            with torch.enable_grad(), torch.random.fork_rng([x.device]):
+                graphs[x.shape] = torch.cuda.make_graphed_callables(copy.copy(tower), (x.clone(),), pool=pool)
+        return graphs[x.shape](x)
+
+    return forward
 
 
 # --- The command -----------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def finish(model, splits, history, seed, run_dir):
-    """The last and the best epoch on the test photos, if there are any; the pictures of the best."""
-    state, judged = data.load_checkpoint(run_dir), splits.get("test", splits["val"])
-    best = max(history, key=lambda row: row["rsum"])
-    model.eval()
-    for name, row in (("last", history[-1]), ("best", best)):
-        model.load_state_dict(state[name])
-        print(f"{name} epoch {row['epoch']:3d}  {data.describe(evaluate(model, judged))}")
-    data.print_end(history, run_dir)
+def open_data(args, device, tokenizer, config):
+    """(splits, tokenizer) of --data, for a model of this configuration. Checks --out and --batch-size."""
+    if not args.resume and (args.out / "log.csv").exists():
+        raise data.InputError(f"--out {args.out} holds a run: add --resume, or give another folder")
+    if RANK > 0:
+        dist.barrier()  # process 0 decodes the photos, the others then read the result
+    sizes = config.image_size, config.max_position_embeddings
+    splits, tokenizer = data.load(args.data, tokenizer, *sizes, args.captions, args.photos)
+    if RANK == 0 and WORLD_SIZE > 1:
+        dist.barrier()
+    photos = len(splits["train"].photos)
+    if args.batch_size > photos or args.batch_size % WORLD_SIZE:
+        there = f"{photos} training photos and {WORLD_SIZE} processes"
+        raise data.InputError(f"--batch-size {args.batch_size} does not fit {there}: give another")
+    for name, split in splits.items():
+        print(f"{name:10s}{len(split.photos):,} photos, {len(split.captions):,} captions")
+        split.place(device)
+    return splits, tokenizer
 
-    split = splits["val"]
-    torch.manual_seed(seed)
-    untrained = CLIP(model.config).to(model.logit_scale.device)
-    before, after = embed(untrained, split), embed(model, split)
-    data.draw_curve(run_dir / "curve.png", history, len(split.photos))
-    data.draw_retrieval(run_dir / "retrieval.png", split, *after)
-    data.draw_inside(run_dir / "inside.png", split, before, after, model)
+
+def print_start(model, splits, recipe, device):
+    """The opening block: device, size, and the losses of a model that guesses."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    towers = model.vision_model, model.text_model, model
+    vision, text, total = (sum(p.numel() for p in tower.parameters()) / 1e6 for tower in towers)
+    group = min(64, len(splits["val"].photos))
+    print(f"device    {WORLD_SIZE} x {name}, {autocast_dtype(device)}")
+    print(f"model     {total:.1f} M parameters: vision {vision:.1f}, text {text:.1f}, and projections")
+    for kind, size in (("training", recipe.batch_size), ("validation", group)):
+        print(f"chance    {kind} loss ln {size} = {math.log(size):.3f}", flush=True)
 
 
 def parse_args(argv):
-    drawn = {"model": "tiny", "tokenizer": "train", **asdict(DRAWN_RECIPE)}
-    parser = data.Parser(description=f"Train CLIP from scratch. Defaults of drawn worlds: {drawn}.")
-    parser.add_argument("--model", choices=PRESETS, default="ViT-B/16", help="size")
+    parser = data.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=PRESETS, default="ViT-B/16")
     parser.add_argument("--text", choices=("bert", "causal"), default="bert", help="causal is OpenAI's")
-    parser.add_argument("--tokenizer", default="openai/clip-vit-base-patch16", help="name, folder or `train`")
-    parser.add_settings(Recipe())  # and --data, --out, --resume, --device, --compile
-    if parser.parse_known_args(argv)[0].data in data.DRAWN:  # a first look: the defaults depend on it
-        parser.set_defaults(**drawn)
+    parser.add_argument("--init", choices=("mimetic", "openai"), default="mimetic", help="initial attention")
+    tokenizer = "openai/clip-vit-base-patch16"
+    parser.add_argument("--tokenizer", default=tokenizer, help="hub name, folder, or `train` to train one")
+    parser.add_recipe(Recipe())  # and --data, --out, --resume, ...
+    if parser.parse_known_args(argv)[0].data in data.DRAWN:  # drawn worlds have defaults of their own
+        parser.set_defaults(model="tiny", tokenizer="train", init="openai", **asdict(DRAWN_RECIPE))
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / Path(args.data).absolute().name
     return args
 
 
 def run(args):
-    recipe, device = Recipe(**data.settings_of(args, Recipe)), data.open_device(args.device)
-    config = PRESETS[args.model]
-    splits, tokenizer = data.open_data(args, device, data.tokenizer_of_run(args), config)
-    recipe = replace(recipe, batch_size=args.batch_size)  # smaller where there are fewer photos
-    data.save_tokenizer(tokenizer, args.out)
-    words = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    recipe = data.recipe_of(args, Recipe)
+    device = open_device(args.device)
+    config = replace(PRESETS[args.model], causal=args.text == "causal")
+    saved = args.out / "tokenizer"
+    splits, tokenizer = open_data(
+        args, device, saved if args.resume and saved.exists() else args.tokenizer, config
+    )
+    if RANK == 0 and not saved.exists():
+        data.save_tokenizer(tokenizer, saved)
     torch.manual_seed(recipe.seed)  # the same weights in every process
-    model = CLIP(replace(config, causal=args.text == "causal", **words)).to(device)
+    model = CLIP(replace(config, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)).to(device)
+    if args.init == "mimetic":
+        init_mimetic(model)
+    print_start(model, splits, recipe, device)
+    before = embed(model, splits["val"])
     compile = args.compile and device.type == "cuda"
-    data.print_start(model, splits, recipe, device, compile)
-    history = train(model, splits, recipe, args.out, args.resume, compile)
-    if is_main_process():
-        finish(model, splits, history, recipe.seed, args.out)
+    ema_model, history = train(model, splits, recipe, args.out, args.resume, compile)
+    if RANK == 0:
+        if "test" in splits:
+            print(f"test      {describe(evaluate(ema_model, splits['test']))}")
+        after = embed(ema_model, splits["val"])
+        data.draw_curve(args.out / "curve.png", history, len(splits["val"].photos))
+        data.draw_retrieval(args.out / "retrieval.png", splits["val"], *after)
+        data.draw_inside(args.out / "inside.png", splits["val"], before, after, ema_model)
+        memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
+        print(f"done      {history[-1]['minutes']:.1f} minutes of training{memory}: {args.out}")
 
 
 def main(argv=None):
-    return data.command(argv, parse_args, run)
+    return data.run_command(argv, parse_args, run)
 
 
 if __name__ == "__main__":
