@@ -472,7 +472,7 @@ class Recipe:
 
 PLAIN = dict(muon=0, views=1, crop_scale=0.4, color_jitter=0.0, patch_dropout=0.0)
 PLAIN |= dict(texts=1, word_dropout=0.0)
-DRAWN_RECIPE = Recipe(**(PLAIN | dict(epochs=9, warmup=0.5, weight_decay=0.3, muon=1)))
+DRAWN_RECIPE = Recipe(**(PLAIN | dict(epochs=8, warmup=0.5, weight_decay=0.3, muon=1)))
 
 
 def make_optimizers(model, recipe):
@@ -913,7 +913,8 @@ def parse_args(argv):
     parser.add_argument("--tokenizer", default=tokenizer, help="hub name, folder, or `train` to train one")
     parser.add_recipe(Recipe())  # and --data, --out, --resume, ...
     if parser.parse_known_args(argv)[0].data in data.DRAWN:  # drawn worlds have defaults of their own
-        parser.set_defaults(model="tiny", tokenizer="train", init="openai", **asdict(DRAWN_RECIPE))
+        drawn = {"model": "tiny", "text": "causal", "init": "openai", "tokenizer": "train"}
+        parser.set_defaults(**drawn, **asdict(DRAWN_RECIPE))
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / Path(args.data).absolute().name
     return args

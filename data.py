@@ -643,17 +643,17 @@ def draw_retrieval(path, split, images, texts, count=6):
 
     captions = torch.linspace(0, len(texts) - 1, count).long()
     found = (texts[captions] @ images.T).topk(min(count, len(images))).indices.cpu()
-    figure = Figure(figsize=(9, 10.5), layout="constrained")
-    rows = figure.subplots(count, found.shape[1], squeeze=False)
-    for row, caption, photos in zip(rows, captions.tolist(), found):
+    figure = Figure(figsize=(9.6, 11.4), layout="constrained")
+    for axes, caption, photos in zip(figure.subplots(count, 1), captions.tolist(), found):
+        pictures = split.take(photos, "cpu")  # (6, S, S, 3)
+        edge = pictures.shape[1] // 16
+        framed = F.pad(pictures, (0, 0, edge, edge, edge, edge), value=225)
+        framed[photos == split.image_index[caption]] = torch.tensor([50, 205, 50], dtype=torch.uint8)
+        framed[:, edge:-edge, edge:-edge] = pictures
+        axes.imshow(torch.cat(list(framed), dim=1).numpy())
         title = textwrap.shorten(split.captions[caption], 110)
-        row[0].set_title(title, loc="left", fontsize=9, parse_math=False)
-        for axes, photo, index in zip(row, split.take(photos, "cpu"), photos):
-            axes.imshow(photo)
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set(
-                lw=4, color="limegreen" if index == split.image_index[caption] else "lightgrey"
-            )
+        axes.set_title(title, loc="left", fontsize=9, parse_math=False)
+        axes.axis("off")
     save_figure(figure, path)
 
 

@@ -1804,10 +1804,6 @@ EXERCISES = [  # for each exercise of the README, a line of clip.py and what rep
         "x = self.encoder(self.embeddings(ids), end_index)",
     ),
     (
-        "return self.layers[-1](pooled, pool_mask, context=x)[:, 0]",
-        "return self.layers[-1](x, mask).mean(dim=1)",
-    ),
-    (
         "return (loss_image + loss_text) / 2",
         "signs = 2 * torch.eye(len(labels)) - 1\n"
         "return -F.logsigmoid(signs * (logits_per_image - math.log(len(labels)))).sum() / len(labels)",
