@@ -11,8 +11,9 @@ Two transformers learn to give a photo and its caption nearly the same vector. M
 Hugging Face's CLIPModel, so released weights load unchanged. A first reading ends with `train`.
 
 Shapes: a split has N photos and M captions; a batch has B photos, with V crops and K captions of each. Photos
-have S x S pixels and patches of P x P. Attention has T tokens (patches + 1, or subwords), of which T' are
-queries, with C channels (hidden_size) in H heads of D = C / H. Embeddings have E numbers (projection_dim).
+have S x S pixels and patches of P x P. Attention has T tokens (patches and a class token, or subwords), of
+which T' are queries (all, or one in the last block), with C channels (hidden_size) in H heads of D = C / H.
+Embeddings have E numbers (projection_dim).
 """
 
 import copy
@@ -35,7 +36,7 @@ import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from torch import nn
 
-# torchrun starts a process for each GPU. Other programs set these variables too, so ask who started us.
+# torchrun starts a process for each GPU. Other programs set RANK too, so trust it only from torchrun.
 IS_TORCHRUN = dist.is_available() and dist.is_torchelastic_launched()
 RANK = int(os.environ["RANK"]) if IS_TORCHRUN else 0  # the number of this process
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if IS_TORCHRUN else 1  # how many there are
@@ -132,8 +133,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x (B, T', C) to (B, T', C). The residual stream x is only added to, never
-    normalised, so deep stacks train easily (Xiong et al. 2020, arXiv:2002.04745). x attends to context
+    """Pre-norm transformer block: x (B, T', C) to (B, T', C). Norms are inside the two branches, and x is
+    only added to, so deep stacks train easily (Xiong et al. 2020, arXiv:2002.04745). x attends to context
     (B, T, C), which is x by default."""
 
     def __init__(self, config, hidden_act):
@@ -145,7 +146,7 @@ class Block(nn.Module):
 
     def forward(self, x, mask=None, context=None):
         if context is not None:
-            context = self.layer_norm1(context).to(x.dtype)
+            context = self.layer_norm1(context).to(x.dtype)  # keys and values need the queries' norm
         # On CUDA autocast returns norms in fp32: .to() makes them 16 bits again. Elsewhere it does nothing.
         x = x + self.self_attn(self.layer_norm1(x).to(x.dtype), mask, context)
         return x + self.mlp(self.layer_norm2(x).to(x.dtype))
@@ -153,7 +154,7 @@ class Block(nn.Module):
 
 class Encoder(nn.Module):
     """A stack of blocks, x (B, T, C) to (B, C). The result is the output of the last block at one token of
-    each example: pool_index (B,) is its position, and pool_mask says what it may attend to."""
+    each example: pool_index (B,) is its position, and pool_mask the mask for this one query."""
 
     def __init__(self, config, hidden_act):
         super().__init__()
@@ -172,8 +173,8 @@ class Encoder(nn.Module):
 
 
 def drop_patches(x, fraction):
-    """Leave out a fraction of the patches x (B, T, C), different ones for each photo and step. Half of the
-    patches take half of the work (FLIP, Li et al. 2022, arXiv:2212.00794)."""
+    """Leave out a fraction of the patches x (B, T, C), different ones for each photo and step. The class
+    token is not among them. Half the patches take half the work (FLIP, Li et al. 2022, arXiv:2212.00794)."""
     B, T, C = x.shape
     kept = torch.rand(B, T, device=x.device).argsort(dim=1)[:, : max(1, round(T * (1 - fraction)))]
     return x.gather(1, kept[:, :, None].expand(-1, -1, C))  # in any order: x includes the positions
@@ -275,7 +276,8 @@ class TextTransformer(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Two towers and a temperature. `forward` and contrastive_loss are the paper's pseudo-code (figure 3):
+    """Two towers and a temperature. `forward` and contrastive_loss are the paper's pseudo-code (figure 3), in
+    which t is our logit_scale:
 
     I_e, T_e = l2_normalize(image_encoder(I) @ W_i), l2_normalize(text_encoder(T) @ W_t)
     logits = (I_e @ T_e.T) * exp(t)
@@ -315,8 +317,8 @@ class CLIP(nn.Module):
 
 @torch.no_grad()
 def init_weights(model):
-    """OpenAI's initial values (openai/CLIP, initialize_parameters). Both towers get those of its text blocks.
-    Biases are 0. Norms and the patch embedding keep PyTorch's defaults."""
+    """OpenAI's initial values (openai/CLIP, initialize_parameters). Its values for text blocks are used for
+    the blocks of both towers. Biases are 0. Norms and the patch embedding keep PyTorch's defaults."""
     for tower, config in ((model.vision_model, model.config.vision), (model.text_model, model.config.text)):
         C, L = config.hidden_size, config.num_hidden_layers
         # Each block adds to the residual stream twice, by out_proj and fc2. With the factor 1 / sqrt(2 L) the
@@ -335,7 +337,7 @@ def init_weights(model):
     nn.init.normal_(model.visual_projection.weight, std=C_vision**-0.5)
     nn.init.normal_(model.text_projection.weight, std=C_text**-0.5)
     # The temperature starts at 0.07, so the scale is 14.3. A common slip is a scale of exp(0.07) = 1.07, with
-    # which training hardly leaves chance (open_clip #815).
+    # which training is far slower (open_clip #815).
     nn.init.constant_(model.logit_scale, math.log(1 / 0.07))
 
 
@@ -353,8 +355,9 @@ def contrastive_loss(logits_per_image):
         2  3  1      0.24  0.67  0.09       0.12  0.79  0.24
         0  1  2      0.09  0.24  0.67       0.02  0.11  0.67
 
-    The loss is the mean of -ln(diagonal) over both, 0.28 here. A model that guesses has ln B: 1.10 for three
-    pairs, 4.85 for 128. A loss that stays there means that nothing is learnt (open_clip #17).
+    The loss is the mean of -ln(diagonal) over both, 0.28 here. A model that guesses gives each
+    answer 1 / B and has a loss of ln B: 1.10 for three pairs, 4.85 for 128. A loss that stays
+    there means that nothing is learnt (open_clip #17).
     """
     if logits_per_image.shape != (len(logits_per_image), len(logits_per_image)):
         raise ValueError(f"logits_per_image is {tuple(logits_per_image.shape)}, but (B, B) is needed")
@@ -378,7 +381,8 @@ def rank_of_best_match(queries, answers, query_index, answer_index, chunk=2**26)
         similarity = part @ answers.T  # (rows, A)
         correct = index[:, None] == answer_index
         best = similarity.masked_fill(~correct, -torch.inf).amax(dim=1, keepdim=True)
-        above = ~(similarity < best) & ~correct  # not `>=`, so that NaN counts against the model too
+        # `~(a < b)` rather than `a >= b`, which is False for NaN: NaN counts against the model too.
+        above = ~(similarity < best) & ~correct
         ranks.append(torch.where(correct.any(dim=1), above.sum(dim=1), torch.inf))
     return torch.cat(ranks)
 
@@ -419,8 +423,9 @@ def embed(model, split, batch_size=250):
 @torch.no_grad()
 def evaluate(model, split):
     """Loss and recalls in percent: {"loss", "t2i_r1", ..., "i2t_r10"}. The loss is the mean over whole groups
-    of 64 photos (one smaller group if there are fewer), with five captions of each in turn. For 64, chance is
-    ln 64 = 4.159. The loss can rise from overconfidence while recall still rises (open_clip #811)."""
+    of 64 photos, repeated with each of their five captions. Photos left over are skipped; fewer than 64 are
+    one group. For 64, chance is ln 64 = 4.159. The loss can rise from overconfidence while recall still rises
+    (open_clip #811)."""
     images, texts = embed(model, split)
     first, count = split.first_captions()  # (N,), (N,)
     size, losses = min(64, len(images)), []
@@ -449,6 +454,7 @@ class Recipe:
     """How to train. The defaults are for a ViT-B/16 on some thousand photos. PLAIN turns off what the recipe
     for few photos adds. Every setting is a flag of the command. InputError for a value out of range."""
 
+    # Each setting has its default, its least and largest value, and its help text.
     epochs: int = data.setting(44, 1, 1e6, "epochs; the last incomplete batch of each is dropped")
     batch_size: int = data.setting(128, 2, 1e6, "photos in a step, on all GPUs together")
     lr: float = data.setting(7e-4, 0, 1e3, "learning rate after the warm-up")
@@ -464,7 +470,7 @@ class Recipe:
     word_dropout: float = data.setting(0.5, 0, 0.99, "fraction of the words that random words replace")
     # Large batches.
     micro_batch: int = data.setting(0, 0, 1e6, "photos that a GPU encodes at once, to save memory; 0 is all")
-    seed: int = data.setting(0, 0, 1e9, "seed of weights, batches and augmentation")
+    seed: int = data.setting(0, 0, 1e6, "seed of weights, batches and augmentation")
 
     def __post_init__(self):
         data.check_settings(self)
@@ -478,7 +484,7 @@ DRAWN_RECIPE = Recipe(**(PLAIN | dict(epochs=8, warmup=0.5, weight_decay=0.3, mu
 def make_optimizers(model, recipe):
     """[AdamW] with OpenAI's betas, or [Muon, AdamW] if Muon, defined below, has the matrices of the blocks.
 
-    Weight decay pulls towards zero. That is a sensible prior for the matrices of Linears, LoRA's too, but not
+    Weight decay pulls towards zero. That is a sensible prior for the matrices of Linears and of LoRA, but not
     for norms, biases, the logit scale and (unlike in the paper) embeddings."""
     block_matrices, matrices, others = [], [], []
     for name, p in model.named_parameters():
@@ -509,7 +515,8 @@ def make_batch(split, pairs, model, recipe):
         pixels = data.augment(photos, config.image_size, recipe)
     else:  # drawn scenes are not: a crop would make their "left" and "large" wrong
         pixels = data.normalize(photos)
-    ids = split.tokens(pairs[:, 1:].flatten(), device, cut=True)  # cut: the same T in every batch
+    # cut: T is the same in every batch, and all but one caption in a thousand fit.
+    ids = split.tokens(pairs[:, 1:].flatten(), device, cut=True)
     return pixels, data.augment_captions(ids, config, recipe.word_dropout)
 
 
@@ -529,8 +536,7 @@ def update_weights(model, optimizers, scaler, lr):
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # one odd batch can't throw the model far
-    # On fp16 overflow skip both optimizers. The scaler would skip only the one that overflowed, and clipping
-    # by an infinite norm has set the gradients of the other to zero.
+    # On fp16 overflow skip both optimizers: clipping by an infinite norm has zeroed every finite gradient.
     overflow = scaler.is_enabled() and not norm.isfinite()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -557,7 +563,7 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
     model.vision_model.embeddings.patch_dropout = recipe.patch_dropout
     optimizers = make_optimizers(model, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=autocast_dtype(device) == torch.float16)
-    # Parameters in the second argument, the frozen ones, are shared with the copy.
+    # What is in the second argument is shared with the copy instead of copied: the frozen parameters.
     ema_model = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad}).eval()
     settings = {"config": asdict(model.config), "recipe": asdict(recipe), "data": data.fingerprint(splits)}
     settings["source"] = split.source
@@ -577,7 +583,7 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
             torch.manual_seed(seed)
             part = batch.chunk(WORLD_SIZE)[RANK]  # that of this process; with one GPU, all of it
             pixels, ids = make_batch(split, part, model, recipe)
-            # After the warm-up the rate is constant: the moving average takes the place of a decay.
+            # Constant after the warm-up. A decay would remove the noise of single steps; update_ema does.
             lr = recipe.lr * min(1, (step + 1) / max(1, recipe.warmup * steps_per_epoch))
             loss = step_function(model, optimizers, scaler, pixels, ids, recipe, lr, seed)
             update_ema(ema_model, model, step)
@@ -589,6 +595,7 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
                 minutes = (steps - step - 1) / rate / 60
                 print(f"{text}  {rate * B:6,.0f} pairs/s  ETA {minutes:6.1f} min", flush=True)
 
+        # With several crops, train_loss is that between photos and captions, which has the chance ln B.
         row = {"epoch": epoch + 1, "train_loss": float(total) / steps_per_epoch, "train_chance": math.log(B)}
         row |= evaluate(ema_model, splits["val"])
         if not math.isfinite(row["train_loss"] + row["loss"]):
@@ -638,6 +645,7 @@ def resume_run(run_dir, settings, model, ema_model, optimizers, scaler):
     """Restore what save_run saved and return the history, empty if there is no checkpoint yet. InputError if
     the model, the recipe or the data differ; only the number of epochs and micro_batch may."""
     if not (Path(run_dir) / "checkpoint.pt").exists():
+        print(f"new run   there is no checkpoint in {run_dir}")
         return []
     state = load_checkpoint(run_dir)
     for name, value in (settings["config"] | settings["recipe"]).items():
@@ -648,7 +656,8 @@ def resume_run(run_dir, settings, model, ema_model, optimizers, scaler):
         raise data.InputError(f"{run_dir} can't be resumed: the photos, captions or tokenizer differ")
     model.load_state_dict(state["model"], strict=False)
     ema_model.load_state_dict(state["ema_model"], strict=False)
-    scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # {} if the run was begun without fp16
+        scaler.load_state_dict(state["scaler"])
     for optimizer, optimizer_state in zip(optimizers, state["optimizers"]):
         optimizer.load_state_dict(optimizer_state)
     print(f"resumed   after epoch {len(state['history'])}")
@@ -658,14 +667,14 @@ def resume_run(run_dir, settings, model, ema_model, optimizers, scaler):
 # --- The recipe for few photos ---------------------------------------------------------------------------
 # A ViT-B/16 with the plain recipe learns the 6,000 photos of Flickr8k by heart. What helps is another start
 # of attention, an optimizer that learns faster, several crops and captions of each photo that never look the
-# same twice, and the moving average of the weights. The README's table says what each of them brings.
+# same twice, and the moving average of the weights. The README has ablations.
 
 
 @torch.no_grad()
 def init_mimetic(model):
     """Let attention start as it ends in large trained models: K = Q, so each token attends to tokens like
-    itself, and out_proj is minus V transposed, so attention subtracts what it finds. Few photos hardly teach
-    this. It simplifies mimetic initialisation (Trockman & Kolter 2023, arXiv:2305.09828)."""
+    itself, and out_proj is minus V transposed, so a block subtracts their mean from a token. Few photos
+    hardly teach this. It simplifies mimetic initialisation (Trockman & Kolter 2023, arXiv:2305.09828)."""
     for tower in (model.vision_model, model.text_model):
         for block in tower.encoder.layers:
             attention = block.self_attn
@@ -710,8 +719,9 @@ class Muon(torch.optim.Optimizer):
             state = self.state[matrices[0]]  # one momentum buffer for the whole stack
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(gradients)
+            # The buffer averages the gradients. Nesterov's momentum then mixes it with the newest ones again.
             buffer = state["momentum_buffer"].lerp_(gradients, 1 - momentum)
-            updates = orthogonalize(gradients.lerp(buffer, momentum)).float()  # Nesterov momentum
+            updates = orthogonalize(gradients.lerp(buffer, momentum)).float()
             torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
             # The factor gives updates the root mean square that AdamW's usually have, 0.2.
             torch._foreach_add_(matrices, updates.unbind(), alpha=-lr * 0.2 * max(matrices[0].shape) ** 0.5)
@@ -740,9 +750,9 @@ def multiview_loss(model, image_embeds, text_embeds):
 
 @torch.no_grad()
 def update_ema(ema_model, model, step):
-    """ema = decay ema + (1 - decay) weights. The decay (1 + step) / (4 + step) grows, so that the mean age of
-    what is averaged stays a quarter of the run so far. The average removes the noise of single steps. With a
-    constant learning rate it takes the place of a rate that falls."""
+    """ema = decay ema + (1 - decay) weights, which removes the noise of single steps. The decay
+    (1 + step) / (4 + step) grows with the run: the weights in the average are on average a quarter of the run
+    old, so the random start is soon forgotten."""
     averages = [p for p in ema_model.parameters() if p.requires_grad]
     weights = [p for p in model.parameters() if p.requires_grad]
     torch._foreach_lerp_(averages, weights, 3 / (4 + step))
@@ -796,8 +806,8 @@ def train_step_general(model, optimizers, scaler, pixels, ids, recipe, lr, seed=
             # The gradient of this sum, with the gradients held fixed, is that of the loss (chain rule).
             ((image_embeds * image_grads[i]).sum() + (text_embeds * text_grads[i]).sum()).backward()
     if WORLD_SIZE > 1:
-        # Every process backpropagated the same whole loss, and gather_rows added up what they got for a row,
-        # so the gradients are WORLD_SIZE times too large: the mean over the processes is right.
+        # All processes compute the same loss. With two, the backward pass of gather_rows returns each row's
+        # gradient from both, twice the right one, and the mean over the processes divides by two.
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         with dist._coalescing_manager():  # one message instead of hundreds
             for gradient in gradients:
@@ -851,7 +861,7 @@ def compile_model(model):
     for tower in (model.vision_model, model.text_model):
         for block in tower.encoder.layers[:-1]:
             block.compile(dynamic=False)
-        tower.forward = graphed(copy.copy(tower))  # the copy keeps the forward function that is recorded
+        tower.forward = graphed(copy.copy(tower))  # a copy, which keeps the former forward function
 
 
 def graphed(tower):
@@ -874,14 +884,14 @@ def graphed(tower):
 
 def open_data(args, device, tokenizer, config):
     """(splits, tokenizer) of --data, for a model of this configuration. Checks --out and --batch-size."""
-    if not args.resume and (args.out / "log.csv").exists():
+    if not args.resume and ((args.out / "tokenizer").exists() or (args.out / "log.csv").exists()):
         raise data.InputError(f"--out {args.out} holds a run: add --resume, or give another folder")
     if RANK > 0:
-        dist.barrier()  # process 0 decodes the photos, the others then read the result
+        dist.barrier()  # wait until process 0 has decoded the photos
     sizes = config.image_size, config.max_position_embeddings
     splits, tokenizer = data.load(args.data, tokenizer, *sizes, args.captions, args.photos)
     if RANK == 0 and WORLD_SIZE > 1:
-        dist.barrier()
+        dist.barrier()  # let the others read what is decoded
     photos = len(splits["train"].photos)
     if args.batch_size > photos or args.batch_size % WORLD_SIZE:
         there = f"{photos} training photos and {WORLD_SIZE} processes"

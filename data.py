@@ -1,4 +1,5 @@
-"""Photos and captions to batches: Flickr30k in its published forms, your own photos, and two drawn worlds.
+"""This file turns photos and captions into batches: Flickr30k in its published forms, your own photos, and
+two drawn worlds, `shapes` and `sketches`.
 
 `load` returns splits. A Split holds its photos as one uint8 array and its captions as token ids, so a batch
 is two look-ups and an `augment` on the GPU, without worker processes. Shapes: a split has N photos and M
@@ -87,8 +88,9 @@ class Split:
         return self.photos[rows.to(self.photos.device, non_blocking=True)].to(device)
 
     def tokens(self, rows, device, cut=False):
-        """Token ids of these captions, (len(rows), T) int32, where T is a multiple of 8. With cut, T is the
-        same for all batches, since each T is compiled, and fits all but one caption in a thousand."""
+        """Token ids of these captions, (len(rows), T) int32, where T is a multiple of 8 or the context. With
+        cut, T is the same in all batches, because each new T is compiled. All but one caption in a thousand
+        fit."""
         longest = self.usual_length if cut else int(self.lengths[rows].max())
         ids = self.ids[rows, : math.ceil(longest / 8) * 8]
         ids[:, -1] = self.ids[rows, -1]  # a caption that is cut keeps an end token; for others it is padding
@@ -109,7 +111,7 @@ def make_split(names, photos, sentences, tokenizer, context, source=""):
 
 
 def fingerprint(splits):
-    """A number that depends on the photos' names, the captions' tokens, and which caption belongs to whom."""
+    """A number that depends on the photos' names, the captions' tokens, and the photo of each caption."""
     number = 0
     for split in splits.values():
         names = repr([PurePosixPath(name).name for name in split.names]).encode()
@@ -137,8 +139,8 @@ def color_jitter(pixels, strength, grey=0.2):
     brightness, contrast, saturation = factors  # (B, 1, 1) each
     saturation = saturation * (torch.rand(B, 1, 1, device=device) >= grey)
     luma = torch.tensor([0.299, 0.587, 0.114]).to(device, non_blocking=True)  # brightness of red, green, blue
-    # Each factor blends a pixel with black, the photo's mean, or its own brightness. As one step, the blends
-    # are a matrix (B, 3, 3) and a number to add.
+    # Each factor blends a pixel with black, the photo's mean, or its own brightness. Together the three are
+    # one matrix (B, 3, 3) and one number to add.
     matrix = saturation * torch.eye(3, device=device) + (1 - saturation) * luma
     middle = brightness * (pixels.mean(dim=(2, 3)) @ luma)[:, None, None]  # (B, 1, 1)
     changed = torch.baddbmm((1 - contrast) * middle, brightness * contrast * matrix, pixels.flatten(2))
@@ -174,7 +176,7 @@ def augment(photos, size, recipe):
 
 
 def augment_captions(ids, config, word_dropout):
-    """Replace a fraction of the words in ids (n, T) by random ones. Start, end and padding stay."""
+    """Replace a fraction of the tokens in ids (n, T) by random ones. Start, end and padding stay."""
     if not word_dropout:
         return ids
     other = torch.randint_like(ids, config.vocab_size - 1)
@@ -307,7 +309,11 @@ def read_captions(folder, path=None):
     photos = {}
     try:
         for name, split, sentences in read_rows(path):
-            "".join([name, *sentences]).encode()  # an error if one is not a string or has half of an emoji
+            if not all(isinstance(text, str) for text in (name, *sentences)):
+                raise ValueError(f"the entry of {str(name)[:50]} has something else than text")
+            "".join([name, *sentences]).encode()  # an error for half of an emoji
+            if any("\n" in sentence.strip() for sentence in sentences):  # perhaps a quote that was not closed
+                print(f"warning: a caption of {name} has several lines in {path}", file=sys.stderr)
             if split and split not in SPLITS:
                 raise ValueError(f"the split of {name} is {split!r}, not train, val or test")
             own = photos.setdefault(PurePosixPath(name).as_posix(), (SPLITS.get(split), []))[1]
@@ -320,11 +326,13 @@ def read_captions(folder, path=None):
             first_line(error) if isinstance(error, (ValueError, OSError, csv.Error)) else "it is malformed"
         )
         raise InputError(f"{path} is not a captions file as the README describes: {reason}") from error
-    photos = {name: part for name, part in photos.items() if part[1]}
-    if not photos:
+    captioned = {name: part for name, part in photos.items() if part[1]}
+    if not captioned:
         raise InputError(f"{path} has no captions")
+    if len(captioned) < len(photos):
+        print(f"warning: {len(photos) - len(captioned)} photos have only empty captions", file=sys.stderr)
     print(f"captions  {path}")
-    return with_splits(photos, path.parent)
+    return with_splits(captioned, path.parent)
 
 
 def with_splits(photos, folder):
@@ -353,13 +361,18 @@ def with_splits(photos, folder):
 
 # --- Photos ----------------------------------------------------------------------------------------------
 
-ENDINGS = ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"
+ENDINGS = ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"
 
 
 def files_below(folder):
     """Files at any depth of a folder, in order, without hidden ones and macOS's __MACOSX."""
+    seen = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
+        if os.path.realpath(parent) in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(parent))
         yield from (Path(parent, name) for name in sorted(names) if name[0] != ".")
 
 
@@ -414,7 +427,7 @@ def atomic(path):
         yield temporary
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
-        raise InputError(f"can't write {path}, is the disk full? ({first_line(error)})") from error
+        raise InputError(f"can't write {path}: {first_line(error)}") from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
@@ -439,11 +452,14 @@ def photo_store(photos, size):
     if not store.exists():
         with atomic(store) as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL releases the GIL
             pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(photos), size, size, 3))
+            if hasattr(os, "posix_fallocate"):  # reserve the space now: a full disk would kill the process
+                with open(temporary, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
             decoded = pool.map(load_photo, photos.values(), itertools.repeat(size))
             for i, photo in enumerate(tqdm(decoded, "decoding", len(photos), mininterval=1)):
                 pixels[i] = photo
     try:
-        return np.load(store, mmap_mode="c")
+        return np.load(store, mmap_mode="c")  # c: writable, as PyTorch wants, in memory only
     except ValueError as error:
         raise InputError(f"{store} is damaged: delete it, and it is made again") from error
 
@@ -537,7 +553,7 @@ def captions_of(scene, rng, sketch=False):
 
 
 def load_drawn(sizes, side, sketch=False, seed=0):
-    """{split: (names, photos, sentences of each)} for sizes {split: number of scenes}. No scene is in two."""
+    """{split: (names, photos, sentences of each)} for sizes {split: scenes}. Splits share none."""
     splits, start = {}, 0
     for split, count in sizes.items():
         names, photos, sentences = [], [], []
@@ -710,7 +726,7 @@ def draw_inside(path, split, before, after, model, count=16):
 
 
 def write_csv(path, rows):
-    """Dictionaries with the same keys as the lines of a CSV file."""
+    """Write dictionaries with the same keys as the lines of a CSV file."""
     with atomic(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
@@ -747,13 +763,13 @@ class Parser(argparse.ArgumentParser):
         help = f"folder of photos and captions, or {' or '.join(DRAWN)}"
         add("--data", default="flickr30k", type=os.path.normpath, metavar="DIR", help=help)
         add("--captions", metavar="FILE", help="captions file, if DIR has several")
-        add("--photos", type=int, default=0, help="train on the first ones only; 0 is all")
+        add("--photos", type=int, default=0, help="train on the first photos only; 0 is all")
         add("--out", type=Path, metavar="DIR", help="folder of the run; None is a name in runs/")
         add("--resume", action="store_true", help="continue the run in --out")
         kind = torch.accelerator.current_accelerator(check_available=True)  # CUDA's, Apple's, ...
         device = f"{kind.type}:{os.environ.get('LOCAL_RANK', 0)}" if kind else "cpu"
         add("--device", default=device, help="cuda:N, mps or cpu")
-        add("--compile", action=argparse.BooleanOptionalAction, default=True, help="on CUDA")
+        add("--compile", action=argparse.BooleanOptionalAction, default=True, help="CUDA only")
 
     def error(self, message):
         raise InputError(f"{message}; --help lists the flags")
@@ -776,7 +792,7 @@ def use_cpu_quota():
 def run_command(argv, parse_args, run):
     """Run a command and return its exit code. Bad input is one line on stderr and 2; Ctrl-C is 130."""
     if not sys.warnoptions:
-        warnings.simplefilter("ignore")  # those of libraries; `python -W default` shows them
+        warnings.simplefilter("ignore")  # `python -W default` shows them
     use_cpu_quota()
     try:
         run(parse_args(argv))

@@ -76,17 +76,18 @@ def load_released(name, tokenizer):
     try:
         released = transformers.AutoConfig.from_pretrained(name)
     except Exception as error:  # the hub's client raises dozens of kinds
-        raise InputError(f"no CLIP in {name}: give a run of clip.py, a folder or a hub name") from error
+        advice = "give a run of clip.py, a folder or a hub name"
+        raise InputError(f"no CLIP in {name} ({data.first_line(error)}): {advice}") from error
     if released.model_type != "clip":
         raise InputError(f"{name}/config.json: model_type is {released.model_type}, not clip")
     check_released(name, released)
     vision, text = released.vision_config, released.text_config
     end = text.eos_token_id
-    if end == 2:  # old configurations say this for the token with the largest id of a caption (#24650)
+    if end == 2:  # old configurations say this, and transformers reads captions at their largest id (#24650)
         vocabulary = data.load_tokenizer(tokenizer)
         end = vocabulary.eos_token_id
         if end != max(vocabulary.get_vocab().values()):
-            raise InputError(f"{name}/config.json: eos_token_id 2 fails with added tokens, write {end}")
+            raise InputError(f"{name}/config.json: set eos_token_id to {end}, as tokens follow the end token")
     sizes = [field.name for field in fields(TowerConfig)]
     towers = [TowerConfig(*[getattr(tower, size) for size in sizes]) for tower in (vision, text)]
     others = {name: getattr(vision, name) for name in ("image_size", "patch_size")}
@@ -98,6 +99,7 @@ def load_released(name, tokenizer):
         files = ", ".join(sorted(path.name for path in Path(name).glob("*.safetensors"))) or "weights"
         raise InputError(f"can't read {files} of {name}: {data.first_line(error)}") from error
     weights = theirs.state_dict()
+    # transformers would load an adapter that lies beside the weights.
     wrong = [key for keys in report.values() for key in keys] + [key for key in weights if ".lora_" in key]
     if wrong:
         raise InputError(f"{name} is not one whole CLIP: missing or unexpected weight {wrong[0]}")
@@ -121,7 +123,8 @@ def check_tokenizer(model, tokenizer):
     """InputError for a tokenizer with another end token or more tokens than the model. It may have fewer."""
     end, size = model.config.eos_token_id, model.config.vocab_size
     if tokenizer.eos_token_id != end or max(tokenizer.get_vocab().values()) >= size:
-        raise InputError(f"the tokenizer is not the model's, which has {size} tokens and ends with {end}")
+        needed = f"it has {size} tokens and ends with {end}"
+        raise InputError(f"the tokenizer does not fit the model ({needed}): --tokenizer names another")
 
 
 def tokenizer_of(model):
@@ -170,7 +173,7 @@ class LoRARecipe(Recipe):
     base_loss: float = 0.0  # the base's loss on the validation photos: a resumed run needs the same base
 
 
-# For released weights, after amirhossein-yousefi/Image-Contrastive-CLIP. Other bases have further to go.
+# For released weights, after amirhossein-yousefi/Image-Contrastive-CLIP; for runs of clip.py; for drawn data.
 RECIPE = LoRARecipe(**clip.PLAIN, epochs=5, batch_size=64, lr=1e-4, weight_decay=0.1, warmup=0.5)
 RUN_RECIPE = replace(RECIPE, epochs=10, lr=7e-4)
 DRAWN_RECIPE = replace(RECIPE, epochs=8, lr=5e-3, dropout=0.0)
@@ -179,7 +182,7 @@ DRAWN_RECIPE = replace(RECIPE, epochs=8, lr=5e-3, dropout=0.0)
 def adapt(base, splits, recipe, run_dir, resume=False, compile=False):
     """Train adapters in a copy of the base, or all its weights if recipe.r is 0. Returns (model, history).
     run_dir gets the log, the curve, a checkpoint, and the adapter or the tokenizer. B A is 0 at the start, so
-    the untrained model equals the base: a first loss above the base's is a mistake."""
+    the model equals its base before the first step."""
     run_dir = Path(run_dir)
     model = copy.deepcopy(base)
     torch.manual_seed(recipe.seed)
@@ -188,7 +191,7 @@ def adapt(base, splits, recipe, run_dir, resume=False, compile=False):
             lora.add_lora(model, recipe.r, recipe.alpha, recipe.dropout, recipe.targets)
         except ValueError as error:
             raise InputError(str(error)) from error
-        # Autocast rounds fp32 matrices for each product. Those that are frozen can be rounded once.
+        # Autocast rounds fp32 weights in every step. The frozen ones can be rounded once and for all.
         dtype = clip.autocast_dtype(model.logit_scale.device)
         for module in model.modules():
             if isinstance(module, nn.Linear):
@@ -222,7 +225,7 @@ def embed_folder(model, tokenizer, photos, sentences):
     """Embeddings of photos {name: path}, (N, E), and of sentences, (M, E)."""
     check_tokenizer(model, tokenizer)
     pixels = data.photo_store(photos, model.config.image_size)
-    captions = [sentences] + [[]] * (len(photos) - 1)  # a Split needs a photo for each: the first one
+    captions = [sentences] + [[]] * (len(photos) - 1)  # in a Split, sentences belong to a photo: the first
     context = model.config.max_position_embeddings
     return clip.embed(model, data.make_split(list(photos), pixels, captions, tokenizer, context))
 
@@ -278,6 +281,7 @@ def own_data(base):
                 splits, _ = data.load(source, base.tokenizer_path, c.image_size, c.max_position_embeddings)
                 if data.fingerprint(splits) == checkpoint["data"]:
                     return {f"{Path(source).name} val": splits["val"]}
+        print(f"the base's own data, {source}, have moved or changed: what it forgets is not shown")
     return {}
 
 
@@ -318,7 +322,7 @@ def table(rows, judged):
         cells = [variant, f"{same[0]['trainable'] * 4 / 1e6:.2f}"]  # fp32
         for name, form in columns.items():
             values = [row[name] for row in same]
-            deviation = f" ±{statistics.stdev(values):{form}}" if len(values) > 1 else ""
+            deviation = f" ±{statistics.stdev(values):{form}}" if len(set(values)) > 1 else ""
             cells.append(f"{statistics.mean(values):{form}}{deviation}")
         lines.append(cells)
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -355,13 +359,13 @@ def parse_args(argv):
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--classify", metavar="FOLDER", help="find the CLASS of each photo FOLDER/CLASS/*")
     task.add_argument("--search", nargs=2, metavar=("FOLDER", "QUERY"), help="find photos by a sentence")
-    parser.add_argument("--r", type=int, nargs="+", default=[], help="ranks; 64 without --r and --full")
-    parser.add_argument("--full", action="store_true", help="train all weights too, with a tenth of --lr")
-    parser.add_argument("--alpha", type=float, help="scale is alpha / r; None is alpha = 2 r")
+    parser.add_argument("--r", type=int, nargs="+", default=[], help="ranks; 64 by default, unless --full")
+    parser.add_argument("--full", action="store_true", help="train all weights, with a tenth of --lr")
+    parser.add_argument("--alpha", type=float, help="the scale is alpha / r; 2 r by default")
     parser.add_argument("--targets", nargs="+", default=RECIPE.targets, help="Linears, or modules of them")
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds, from --seed on")
     parser.add_recipe(RECIPE)
-    args = parser.parse_known_args(argv)[0]
+    args = parser.parse_known_args(argv)[0]  # a first look, since defaults depend on --base and --data
     recipe = RUN_RECIPE if (Path(args.base) / "checkpoint.pt").exists() else RECIPE
     recipe = DRAWN_RECIPE if args.data in data.DRAWN else recipe
     parser.set_defaults(**{f.name: getattr(recipe, f.name) for f in fields(recipe) if f.metadata})
@@ -374,9 +378,9 @@ def parse_args(argv):
 
 def recipes_of(args, base_loss):
     """A LoRARecipe for each seed and each rank that the flags ask for. Rank 0 trains all weights."""
-    recipe = data.recipe_of(args, LoRARecipe, targets=tuple(args.targets), base_loss=round(base_loss, 3))
+    recipe = data.recipe_of(args, LoRARecipe, targets=tuple(args.targets), base_loss=round(base_loss, 2))
     recipes = []
-    ranks = args.r + [0] * args.full or [RECIPE.r]
+    ranks = args.r + [0] if args.full else args.r or [RECIPE.r]
     for seed in range(args.seed, args.seed + args.seeds):
         for r in dict.fromkeys(ranks):
             alpha = 2.0 * r if args.alpha is None else args.alpha

@@ -28,9 +28,9 @@ from torch import nn
 
 class LoRALinear(nn.Linear):
     """W x + b + (alpha / r) B A dropout(x). The weight W (out, in) is frozen; A (r, in) and B (out, r) are
-    trained. They are r (in + out) numbers, and change W by a matrix of rank r. W and b keep their names,
-    `weight` and `bias`, so state dicts still fit. use_rslora scales by alpha / sqrt(r) instead, with which a
-    large r learns as fast as a small one (arXiv:2312.03732)."""
+    trained. They are r (in + out) numbers, and change W by a matrix of rank r. W and b keep their names, so a
+    base's state dict fits with strict=False. use_rslora scales by alpha / sqrt(r) instead, so that a large r
+    learns as fast as a small one (arXiv:2312.03732)."""
 
     def __init__(self, base, r, alpha, dropout=0.0, use_rslora=False):
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
@@ -99,16 +99,19 @@ def find_targets(model, targets):
 def insert(model, settings, dropout, use_rslora):
     """Replace the Linears of settings {name: (r, alpha)} by LoRALinears, and freeze everything but adapters.
     Adapters that are merged become plain Linears first."""
+    if not settings:
+        raise ValueError("there is no Linear to adapt: name some as targets")
     for name, (r, alpha) in settings.items():
         numbers = isinstance(r, int) and isinstance(alpha, int | float)
         if not (numbers and r >= 1 and alpha > 0 and 0 <= dropout < 1):
-            raise ValueError(f"r={r!r}, alpha={alpha!r}, dropout={dropout} must be >= 1, > 0 and in [0, 1)")
+            given = f"not r={r!r}, alpha={alpha!r}, dropout={dropout}"
+            raise ValueError(f"r must be an integer >= 1, alpha > 0 and 0 <= dropout < 1, {given}")
         linear = model.get_submodule(name)
         if isinstance(linear, LoRALinear) and not linear.merged:
             raise ValueError(f"{name} has an adapter already: merge it, or start again from the base")
-        # The out_proj of nn.MultiheadAttention is of a subclass and is never called (peft #761).
+        # The out_proj of nn.MultiheadAttention is a subclass of Linear and is never called (peft #761).
         if type(linear) not in (nn.Linear, LoRALinear):
-            raise ValueError(f"{name} is a {type(linear).__name__}: an adapter there may have no effect")
+            raise ValueError(f"{name} is a {type(linear).__name__}, where LoRA may have no effect: omit it")
     for name, layer in linears_of(model).items():
         if isinstance(layer, LoRALinear) and layer.merged:
             plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
@@ -183,11 +186,11 @@ def write(path, content):
 
 def save_adapter(model, folder, base=None):
     """Write adapter_config.json and adapter_model.safetensors, which peft.PeftModel.from_pretrained opens.
-    base: the name of the base model. ValueError if layers differ in dropout or use_rslora."""
+    base: the base model's name. The strength is not saved. ValueError if dropout or use_rslora differ."""
     layers, folder = adapters(model), Path(folder)
     first = next(iter(layers.values()))
     if len({(layer.dropout.p, layer.use_rslora) for layer in layers.values()}) > 1:
-        raise ValueError("the adapters differ in dropout or use_rslora: save each tower by itself")
+        raise ValueError("the adapters differ in dropout or use_rslora: save model.vision_model alone, ...")
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": base and str(base),
@@ -222,8 +225,11 @@ def read_adapter(folder):
 
     is_whole = (folder / "adapter_config.json").exists() and any(folder.glob("adapter_model.*"))
     if not is_whole:  # peft would look for this name on the hub
-        inside = sorted(str(path.parent) for path in folder.glob("*/adapter_config.json"))
-        raise ValueError(f"{folder} holds no whole adapter; its folders that do: {', '.join(inside) or None}")
+        inside = [str(path.parent) for path in sorted(folder.glob("*/adapter_config.json"))]
+        advice = (
+            f"give one of {', '.join(inside)}" if inside else "it lacks adapter_config.json or the weights"
+        )
+        raise ValueError(f"{folder} is not the folder of an adapter: {advice}")
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
         weights = peft.load_peft_weights(str(folder), device="cpu").items()
@@ -261,7 +267,10 @@ def load_adapter(model, folder):
     for name in sorted(expected.keys() | tensors.keys()):
         shape = tuple(tensors[name].shape) if name in tensors else "missing"
         if shape != expected.get(name):
-            raise ValueError(f"{folder} doesn't fit this model: {name} is {shape}, not {expected.get(name)}")
+            needed = expected.get(name, "no such Linear")
+            raise ValueError(
+                f"{folder} doesn't fit this model: {name} is {shape}, but the model has {needed}"
+            )
     trained_on, base = config.base_model_name_or_path, getattr(model, "name_or_path", None)
     if trained_on and base and trained_on != base:
         warnings.warn(f"{folder} was trained on {trained_on}, but this model is {base}", stacklevel=2)

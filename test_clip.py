@@ -646,7 +646,7 @@ def test_tokens_may_be_added_after_the_end_token():
     pixels = photos(3)
     assert difference(ours(pixels, ids), their_logits(theirs, pixels, ids)) < 1e-5
     reconfigure("text_config", eos_token_id=2)  # now transformers would read the caption at <cat>
-    with pytest.raises(data.InputError, match="write 513"):
+    with pytest.raises(data.InputError, match="set eos_token_id to 513"):
         finetune.from_pretrained("base")
 
 
@@ -684,7 +684,7 @@ def test_what_is_not_such_a_clip_is_refused(change, message):
 def test_another_tokenizer_is_refused():
     released_folder("base", SPELLING)
     data.train_tokenizer(["a dog"] * 9).save_pretrained("other")  # two merges: another end token
-    with pytest.raises(data.InputError, match="not the model's, which has 514 tokens and ends with 513"):
+    with pytest.raises(data.InputError, match="does not fit the model .it has 514 tokens and ends with 513"):
         finetune.tokenizer_of(finetune.from_pretrained("base", "other"))
 
 
@@ -954,7 +954,10 @@ ERRORS = {
     "adapted twice": (lambda: lora.add_lora(adapted(), 4, 8), "has an adapter already"),
     "nothing to merge": (lambda: lora.merge(small_model()), "has no adapters"),
     "nothing to unmerge": (lambda: lora.unmerge(adapted()), "not merged"),
-    "no such folder": (lambda: lora.load_adapter(small_model(), "nowhere"), "nowhere holds no whole adapter"),
+    "no such folder": (
+        lambda: lora.load_adapter(small_model(), "nowhere"),
+        "nowhere is not the folder of an adapter",
+    ),
     "load another shape": (lambda: loaded(r=3), "doesn't fit this model"),
     "load PiSSA": (lambda: loaded(init_lora_weights="pissa"), "its init_lora_weights is pissa"),
     "load DoRA": (lambda: loaded(use_dora=True), "its use_dora is True"),
@@ -1134,6 +1137,20 @@ def test_damaged_and_16_bit_photos_are_named():
         with pytest.raises(data.InputError, match=message):
             data.photo_store({name: Path(name)}, 16)
     assert list(Path("cache").iterdir()) == []
+
+
+def test_links_to_a_folder_above_are_no_loop():
+    Path("photos").mkdir()
+    Path("photos/1.jpg").touch()
+    for name in ("up", "again"):
+        Path("photos", name).symlink_to("..")
+    assert [path.name for path in data.files_below("photos")].count("1.jpg") == 1
+
+
+def test_a_caption_of_several_lines_is_a_warning(capsys):
+    Path("a.csv").write_text('image,caption\n1.jpg,"a dog\n2.jpg,a cat"\n')
+    data.read_captions(".")
+    assert "a caption of 1.jpg has several lines in a.csv" in capsys.readouterr().err
 
 
 def test_color_jitter_equals_pillow():
@@ -1462,8 +1479,7 @@ def test_a_run_leaves_weights_log_and_pictures(shapes_run, few_splits):
     with open(run / "log.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
-    model = tiny_model(few_splits)
-    model.load_state_dict(clip.load_checkpoint(run)["ema_model"])
+    model = finetune.from_pretrained(run)
     for name, value in clip.evaluate(model, few_splits[0]["val"]).items():
         assert value == pytest.approx(float(rows[-1][name]), abs=1e-5)
 
