@@ -933,6 +933,8 @@ def parse_args(argv):
 def run(args):
     recipe = data.recipe_of(args, Recipe)
     device = open_device(args.device)
+    if device.type == "cpu" and args.model == "ViT-B/16" and not recipe.micro_batch:
+        raise data.InputError("ViT-B/16 needs a GPU: add --model tiny --tokenizer train, or --micro-batch 8")
     config = replace(PRESETS[args.model], causal=args.text == "causal")
     saved = args.out / "tokenizer"
     splits, tokenizer = open_data(
