@@ -5,7 +5,7 @@
 """CLIP (Radford et al. 2021, arXiv:2103.00020) in one file.
 
     python clip.py --data shapes     drawn scenes, no download: about a minute on two CPU cores
-    python clip.py --epochs 55       ViT-B/16 from scratch on Flickr30k, on a GPU
+    python clip.py --epochs 55       ViT-B/16 from scratch on Flickr30k, on a GPU, for 55 epochs
 
 Two transformers learn to give a photo and its caption nearly the same vector. Modules have the names of
 Hugging Face's CLIPModel, so released weights load unchanged. A first reading ends with `train`.
@@ -133,9 +133,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x (B, T', C) to (B, T', C). Norms are inside the two branches, and x is
-    only added to, so deep stacks train easily (Xiong et al. 2020, arXiv:2002.04745). x attends to context
-    (B, T, C), which is x by default."""
+    """Pre-norm transformer block: x (B, T', C) to (B, T', C). Attention and MLP each read a normed copy of x
+    and add their result to x, so deep stacks train easily (Xiong et al. 2020, arXiv:2002.04745). x attends to
+    context (B, T, C), which is x by default."""
 
     def __init__(self, config, hidden_act):
         super().__init__()
@@ -146,7 +146,7 @@ class Block(nn.Module):
 
     def forward(self, x, mask=None, context=None):
         if context is not None:
-            context = self.layer_norm1(context).to(x.dtype)  # keys and values need the queries' norm
+            context = self.layer_norm1(context).to(x.dtype)  # the same norm as x gets below
         # On CUDA autocast returns norms in fp32: .to() makes them 16 bits again. Elsewhere it does nothing.
         x = x + self.self_attn(self.layer_norm1(x).to(x.dtype), mask, context)
         return x + self.mlp(self.layer_norm2(x).to(x.dtype))
@@ -165,7 +165,7 @@ class Encoder(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for layer in self.layers[:-1]:
             x = layer(x, mask)
-        # Only one token's output is used, so the last block computes only that one: its query, and the keys
+        # Only one token's output is used, so the last block computes one query and one output, but the keys
         # and values of all tokens. The result is the same, and a step of ViT-B/16 takes 5 % less time.
         rows = torch.arange(x.shape[0], device=x.device)
         pooled = x[rows, pool_index][:, None]  # (B, 1, C)
@@ -173,10 +173,12 @@ class Encoder(nn.Module):
 
 
 def drop_patches(x, fraction):
-    """Leave out a fraction of the patches x (B, T, C), different ones for each photo and step. The class
-    token is not among them. Half the patches take half the work (FLIP, Li et al. 2022, arXiv:2212.00794)."""
-    B, T, C = x.shape
-    kept = torch.rand(B, T, device=x.device).argsort(dim=1)[:, : max(1, round(T * (1 - fraction)))]
+    """Leave out a fraction of the patches x (B, T - 1, C), different ones for each photo and step. Half of
+    the patches take half of the work (FLIP, Li et al. 2022, arXiv:2212.00794)."""
+    B, patches, C = x.shape
+    kept = torch.rand(B, patches, device=x.device).argsort(dim=1)[
+        :, : max(1, round(patches * (1 - fraction)))
+    ]
     return x.gather(1, kept[:, :, None].expand(-1, -1, C))  # in any order: x includes the positions
 
 
@@ -277,7 +279,7 @@ class TextTransformer(nn.Module):
 
 class CLIP(nn.Module):
     """Two towers and a temperature. `forward` and contrastive_loss are the paper's pseudo-code (figure 3), in
-    which t is our logit_scale:
+    which I are photos, T captions, n is our B and t our logit_scale:
 
     I_e, T_e = l2_normalize(image_encoder(I) @ W_i), l2_normalize(text_encoder(T) @ W_t)
     logits = (I_e @ T_e.T) * exp(t)
@@ -292,7 +294,7 @@ class CLIP(nn.Module):
         self.visual_projection = nn.Linear(config.vision.hidden_size, config.projection_dim, bias=False)
         self.text_projection = nn.Linear(config.text.hidden_size, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.empty(()))  # the logarithm of 1 / temperature
-        self.name_or_path = self.tokenizer_path = None  # paths that finetune.from_pretrained sets
+        self.name_or_path = self.tokenizer_path = None  # set and read by finetune.py
         init_weights(self)
 
     def encode_image(self, pixels):
@@ -407,7 +409,8 @@ def recall_at_k(image_embeds, text_embeds, image_index, ks=(1, 5, 10), chunk=2**
 @torch.no_grad()
 def embed(model, split, batch_size=250):
     """Embeddings of the photos (N, E) and the captions (M, E) of a split, with the model in eval mode. A
-    data.Split has take(rows, device), uint8 photos, and tokens(rows, device), token ids of captions."""
+    data.Split has take(rows, device), uint8 photos, and tokens(rows, device), token ids of captions. Photos
+    of validation and test are stored in the model's size, those of training with a margin."""
     device, training = model.logit_scale.device, model.training
     model.eval()
     images, texts = [], []
@@ -423,11 +426,11 @@ def embed(model, split, batch_size=250):
 @torch.no_grad()
 def evaluate(model, split):
     """Loss and recalls in percent: {"loss", "t2i_r1", ..., "i2t_r10"}. The loss is the mean over whole groups
-    of 64 photos, repeated with each of their five captions. Photos left over are skipped; fewer than 64 are
-    one group. For 64, chance is ln 64 = 4.159. The loss can rise from overconfidence while recall still rises
-    (open_clip #811)."""
+    of 64 photos, repeated with each of their five captions. Photos left over are skipped, and a split of
+    fewer than 64 photos is one group. For 64, chance is ln 64 = 4.159. The loss can rise from overconfidence
+    while recall still rises (open_clip #811)."""
     images, texts = embed(model, split)
-    first, count = split.first_captions()  # (N,), (N,)
+    first, count = split.first_captions()  # (N,) each: index of a photo's first caption, number of captions
     size, losses = min(64, len(images)), []
     for turn in range(5):
         captions = texts[first + turn % count]  # (N, E): a caption of each photo
@@ -451,8 +454,8 @@ def describe(row):
 
 @dataclass
 class Recipe:
-    """How to train. The defaults are for a ViT-B/16 on some thousand photos. PLAIN turns off what the recipe
-    for few photos adds. Every setting is a flag of the command. InputError for a value out of range."""
+    """How to train. The defaults are for a ViT-B/16 on some thousand photos. PLAIN turns off or weakens what
+    the recipe for few photos adds. Every setting is a flag. InputError for a value out of range."""
 
     # Each setting has its default, its least and largest value, and its help text.
     epochs: int = data.setting(44, 1, 1e6, "epochs; the last incomplete batch of each is dropped")
@@ -468,7 +471,7 @@ class Recipe:
     patch_dropout: float = data.setting(0.75, 0, 0.99, "fraction of the patches that training leaves out")
     texts: int = data.setting(4, 1, 100, "captions of each photo in a step")
     word_dropout: float = data.setting(0.5, 0, 0.99, "fraction of the words that random words replace")
-    # Large batches.
+    # Large batches, and chance.
     micro_batch: int = data.setting(0, 0, 1e6, "photos that a GPU encodes at once, to save memory; 0 is all")
     seed: int = data.setting(0, 0, 1e6, "seed of weights, batches and augmentation")
 
@@ -514,8 +517,8 @@ def make_batch(split, pairs, model, recipe):
     if photos.shape[1] > config.image_size:  # real photos are stored with a margin for random crops
         pixels = data.augment(photos, config.image_size, recipe)
     else:  # drawn scenes are not: a crop would make their "left" and "large" wrong
-        pixels = data.normalize(photos)
-    # cut: T is the same in every batch, and all but one caption in a thousand fit.
+        pixels = data.normalize(photos).repeat_interleave(recipe.views, dim=0)
+    # cut: captions are cut to the same T in every batch. One in a thousand loses words.
     ids = split.tokens(pairs[:, 1:].flatten(), device, cut=True)
     return pixels, data.augment_captions(ids, config, recipe.word_dropout)
 
@@ -536,7 +539,8 @@ def update_weights(model, optimizers, scaler, lr):
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # one odd batch can't throw the model far
-    # On fp16 overflow skip both optimizers: clipping by an infinite norm has zeroed every finite gradient.
+    # On fp16 overflow skip both optimizers. The scaler would skip only the one that overflowed, and the other
+    # would step with gradients that clipping by an infinite norm has set to zero.
     overflow = scaler.is_enabled() and not norm.isfinite()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -566,7 +570,7 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
     # What is in the second argument is shared with the copy instead of copied: the frozen parameters.
     ema_model = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad}).eval()
     settings = {"config": asdict(model.config), "recipe": asdict(recipe), "data": data.fingerprint(splits)}
-    settings["source"] = split.source
+    settings["source"] = split.source  # where finetune.py looks for the data again
     history = resume_run(run_dir, settings, model, ema_model, optimizers, scaler) if resume else []
     if compile:
         compile_model(model)
@@ -583,7 +587,7 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
             torch.manual_seed(seed)
             part = batch.chunk(WORLD_SIZE)[RANK]  # that of this process; with one GPU, all of it
             pixels, ids = make_batch(split, part, model, recipe)
-            # Constant after the warm-up. A decay would remove the noise of single steps; update_ema does.
+            # Constant after the warm-up. A decay would remove the noise of single steps, as update_ema does.
             lr = recipe.lr * min(1, (step + 1) / max(1, recipe.warmup * steps_per_epoch))
             loss = step_function(model, optimizers, scaler, pixels, ids, recipe, lr, seed)
             update_ema(ema_model, model, step)
@@ -673,8 +677,9 @@ def resume_run(run_dir, settings, model, ema_model, optimizers, scaler):
 @torch.no_grad()
 def init_mimetic(model):
     """Let attention start as it ends in large trained models: K = Q, so each token attends to tokens like
-    itself, and out_proj is minus V transposed, so a block subtracts their mean from a token. Few photos
-    hardly teach this. It simplifies mimetic initialisation (Trockman & Kolter 2023, arXiv:2305.09828)."""
+    itself, and out_proj is minus V transposed, so a block subtracts from a token the mean of those. Few
+    photos hardly teach this. It simplifies mimetic initialisation (Trockman & Kolter 2023,
+    arXiv:2305.09828)."""
     for tower in (model.vision_model, model.text_model):
         for block in tower.encoder.layers:
             attention = block.self_attn
@@ -776,9 +781,9 @@ def train_step_general(model, optimizers, scaler, pixels, ids, recipe, lr, seed=
     3. Encode each micro-batch again, now with activations, and backpropagate its part of that gradient.
 
     This is gradient caching (Gao et al. 2021, arXiv:2101.06983): the gradient is that of the whole batch."""
-    B = len(pixels) // recipe.views
+    B = len(pixels) // recipe.views  # photos of this process
     size = recipe.micro_batch or B
-    parts = list(zip(pixels.split(size * recipe.views), ids.split(size * recipe.texts)))
+    parts = list(zip(pixels.split(size * recipe.views), ids.split(size * recipe.texts), strict=True))
 
     def encode(i):
         torch.manual_seed(seed + i)  # the same dropout in steps 1 and 3
@@ -820,10 +825,11 @@ def train_step_general(model, optimizers, scaler, pixels, ids, recipe, lr, seed=
 def open_device(name):
     """The torch.device of this name. With torchrun, also connect its processes. InputError for no device."""
     try:
-        torch.zeros(1, device=name).item()  # .item() fails on "meta", which holds no numbers
+        zero = torch.zeros(1, device=name)
+        zero.item()  # fails on "meta", which holds no numbers
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without CUDA
         raise data.InputError(f"--device {name} can't be used here: {data.first_line(error)}") from error
-    device = torch.device(name)
+    device = zero.device  # with an index: by default --device names the GPU that torchrun gave this process
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if WORLD_SIZE > 1 and not dist.is_initialized():
@@ -857,7 +863,7 @@ def compile_model(model):
     gc.collect()  # free the graphs of an earlier model
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 64  # one version for each shape
-    torch._inductor.config.fallback_random = True  # PyTorch's own dropout is the faster kernel
+    torch._inductor.config.fallback_random = True  # PyTorch's own dropout, in LoRA, is faster
     for tower in (model.vision_model, model.text_model):
         for block in tower.encoder.layers[:-1]:
             block.compile(dynamic=False)
@@ -871,7 +877,7 @@ def graphed(tower):
     def forward(x):
         if x.shape not in graphs:
             # Recording draws random numbers. They are put back, so that a run does not depend on it.
-            # PyTorch replaces the forward of the module that it records, so it gets a copy.
+            # PyTorch replaces the forward function of the module that it records: another copy.
             with torch.enable_grad(), torch.random.fork_rng([x.device]):
                 graphs[x.shape] = torch.cuda.make_graphed_callables(copy.copy(tower), (x.clone(),), pool=pool)
         return graphs[x.shape](x)

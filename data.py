@@ -598,9 +598,8 @@ def load_tokenizer(name):
             raise ValueError("it is empty")
         return tokenizer
     except Exception as error:  # the hub's client raises dozens of kinds
-        raise InputError(
-            f"no tokenizer in {name}: --tokenizer names a folder or, if online, a hub name"
-        ) from error
+        advice = "--tokenizer names a folder or, if online, a hub name; clip.py also takes `train`"
+        raise InputError(f"no tokenizer in {name}: {advice}") from error
 
 
 def save_tokenizer(tokenizer, folder):

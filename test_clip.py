@@ -1400,6 +1400,13 @@ def test_validation_loss_is_over_groups_of_64(monkeypatch):
     assert clip.evaluate(CLIP(SMALL), split)["loss"] == pytest.approx(expected, abs=1e-5)
 
 
+def test_drawn_scenes_repeat_for_several_views(few_splits):
+    split, recipe = few_splits[0]["train"], replace(PLAIN, views=2)
+    pixels, ids = clip.make_batch(split, split.pairs(0, 0)[:3], tiny_model(few_splits), recipe)
+    assert len(pixels) == 6 and len(ids) == 3
+    assert difference(pixels[::2], pixels[1::2]) == 0
+
+
 def test_a_batch_holds_the_rows_of_pairs():
     values = np.arange(12, dtype=np.uint8)[:, None, None, None].repeat(48, 1).repeat(48, 2).repeat(3, 3)
     words = [[f"{i} first", f"{i} second", f"{i} third"] for i in range(12)]
