@@ -649,7 +649,7 @@ def resume_run(run_dir, settings, model, ema_model, optimizers, scaler):
     """Restore what save_run saved and return the history, empty if there is no checkpoint yet. InputError if
     the model, the recipe or the data differ; only the number of epochs and micro_batch may."""
     if not (Path(run_dir) / "checkpoint.pt").exists():
-        print(f"new run   there is no checkpoint in {run_dir}")
+        print(f"new run   {run_dir}")
         return []
     state = load_checkpoint(run_dir)
     for name, value in (settings["config"] | settings["recipe"]).items():
@@ -900,8 +900,10 @@ def open_data(args, device, tokenizer, config):
         dist.barrier()  # let the others read what is decoded
     photos = len(splits["train"].photos)
     if args.batch_size > photos or args.batch_size % WORLD_SIZE:
-        there = f"{photos} training photos and {WORLD_SIZE} processes"
-        raise data.InputError(f"--batch-size {args.batch_size} does not fit {there}: give another")
+        most = photos // WORLD_SIZE * WORLD_SIZE
+        raise data.InputError(
+            f"--batch-size {args.batch_size} does not fit {photos} photos: try {most} or less"
+        )
     for name, split in splits.items():
         print(f"{name:10s}{len(split.photos):,} photos, {len(split.captions):,} captions")
         split.place(device)

@@ -270,8 +270,9 @@ def find_captions_file(folder):
                 others.append(path)
     found = found or others
     if len(found) != 1:
-        names = f"several captions files, {', '.join(map(str, found))}" if found else "no captions file"
-        raise InputError(f"--data {folder} has {names}: give --captions FILE")
+        problem = f"several captions files, {', '.join(map(str, found))}" if found else "no captions file"
+        advice = "--captions FILE names it; a table has the columns file_name and caption"
+        raise InputError(f"--data {folder} has {problem}: {advice}")
     return found[0]
 
 
@@ -393,7 +394,7 @@ def find_photos(folder, names):
     if missing:
         text = f"{len(missing)} of {len(names)} photos are missing below {folder}, for example {missing[0]}"
         if len(missing) > 0.01 * len(names):
-            raise InputError(text)
+            raise InputError(f"{text}: add them, or remove their captions")
         print(f"warning: {text}", file=sys.stderr)
     return found
 

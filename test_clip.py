@@ -1739,7 +1739,7 @@ BAD = (
     (None, "clip", "--data nowhere", "--data nowhere"),
     (replaced(",val", ",train"), "clip", "", "--data photos has"),
     (lambda: Path("photos/images/3.jpg").write_bytes(b"x"), "clip", "", "images/3.jpg can't be read"),
-    (None, "clip", "--batch-size 31", "--batch-size 31 does not fit 30 training photos"),
+    (None, "clip", "--batch-size 31", "--batch-size 31 does not fit 30 photos: try 30 or less"),
     (None, "clip", "--lr nan", "--lr nan is not between"),
     (None, "clip", "--epoch 3", "unrecognized arguments: --epoch"),
     (None, "clip", "--device cuda:99", "--device cuda:99 can't be used here"),
