@@ -20,6 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from dataclasses import replace
@@ -1695,6 +1696,31 @@ def test_the_commands_classify_and_search(capsys):
     assert finetune.main([*flags, "--search", "photos", "two dogs"]) == 0
     assert capsys.readouterr().out.count("  photos/") == 8
     assert finetune.main([*flags, "--search", "photos", "a", "--classify", "photos"]) == 2
+
+
+def test_the_command_works_in_a_thread(monkeypatch):
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(train_shapes(monkeypatch, "--epochs 1")))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+
+
+@pytest.mark.parametrize("policy", ["PASSIVE", "ACTIVE"])
+def test_openmp_waits_passively_unless_told_otherwise(policy):
+    begin = "import os, sys; os.environ.pop('OMP_WAIT_POLICY', 0); sys.modules['torch'] = None"
+    if policy == "ACTIVE":
+        begin += "; os.environ['OMP_WAIT_POLICY'] = 'ACTIVE'"  # as the user may do
+    end = "try: import clip\nexcept ImportError: print(os.environ['OMP_WAIT_POLICY'])"  # at `import torch`
+    assert run_python("-c", f"{begin}\n{end}").strip() == policy
+
+
+def test_a_read_only_folder_has_its_store_elsewhere(monkeypatch):
+    noise_photo(Path("1.png"))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(data.tempfile, "gettempdir", lambda: "elsewhere")
+    assert data.photo_store({"1.png": Path("1.png")}, 8).shape == (1, 8, 8, 3)
+    assert not Path("cache").exists() and len(list(Path("elsewhere/clip-cache").iterdir())) == 1
 
 
 # --- Bad input -------------------------------------------------------------------------------------------
