@@ -471,7 +471,7 @@ class Recipe:
     patch_dropout: float = data.setting(0.75, 0, 0.99, "fraction of the patches that training leaves out")
     texts: int = data.setting(4, 1, 100, "captions of each photo in a step")
     word_dropout: float = data.setting(0.5, 0, 0.99, "fraction of the words that random words replace")
-    # Large batches, and chance.
+    # Large batches and random numbers.
     micro_batch: int = data.setting(0, 0, 1e6, "photos that a GPU encodes at once, to save memory; 0 is all")
     seed: int = data.setting(0, 0, 1e6, "seed of weights, batches and augmentation")
 
@@ -570,7 +570,7 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
     # What is in the second argument is shared with the copy instead of copied: the frozen parameters.
     ema_model = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad}).eval()
     settings = {"config": asdict(model.config), "recipe": asdict(recipe), "data": data.fingerprint(splits)}
-    settings["source"] = split.source  # where finetune.py looks for the data again
+    settings["source"] = split.source  # finetune.py looks there for the data again
     history = resume_run(run_dir, settings, model, ema_model, optimizers, scaler) if resume else []
     if compile:
         compile_model(model)
@@ -945,9 +945,8 @@ def run(args):
         raise data.InputError("ViT-B/16 needs a GPU: add --model tiny --tokenizer train, or --micro-batch 8")
     config = replace(PRESETS[args.model], causal=args.text == "causal")
     saved = args.out / "tokenizer"
-    splits, tokenizer = open_data(
-        args, device, saved if args.resume and saved.exists() else args.tokenizer, config
-    )
+    source = saved if args.resume and saved.exists() else args.tokenizer
+    splits, tokenizer = open_data(args, device, source, config)
     if RANK == 0 and not saved.exists():
         data.save_tokenizer(tokenizer, saved)
     torch.manual_seed(recipe.seed)  # the same weights in every process

@@ -297,11 +297,14 @@ def read_rows(path):
             delimiter = "\t" if "\t" in header else ","
             table = csv.DictReader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True, strict=True)
         for row in table:
-            cells = [row[name] for columns in (PHOTO_COLUMNS, CAPTION_COLUMNS) for name in columns & set(row)]
-            if len(cells) != 2 or None in cells or None in row:  # row[None] has the cells beyond the header
+            photos = [row[name] for name in PHOTO_COLUMNS & set(row)]
+            captions = [row[name] for name in CAPTION_COLUMNS & set(row)]
+            is_whole = None not in photos + captions and None not in row  # row[None]: cells beyond the header
+            if not is_whole or len(photos) != 1 or len(captions) != 1:
                 raise ValueError(f"not one photo and one caption in {str(row)[:70]}")
-            # The hub's file has the five captions of a photo as a JSON list in one cell.
-            yield cells[0], row.get("split"), json.loads(cells[1]) if "raw" in row else [cells[1]]
+            if "raw" in row:  # the hub's file has the five captions of a photo as a JSON list in one cell
+                captions = json.loads(captions[0])
+            yield photos[0], row.get("split"), captions
 
 
 def read_captions(folder, path=None):
@@ -323,9 +326,8 @@ def read_captions(folder, path=None):
         line = error.object.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path} is not UTF-8 in line {line}: save it as UTF-8") from error
     except Exception as error:  # a malformed file can raise almost anything
-        reason = (
-            first_line(error) if isinstance(error, (ValueError, OSError, csv.Error)) else "it is malformed"
-        )
+        is_clear = isinstance(error, (ValueError, OSError, csv.Error))
+        reason = first_line(error) if is_clear else "it is malformed"
         raise InputError(f"{path} is not a captions file as the README describes: {reason}") from error
     captioned = {name: part for name, part in photos.items() if part[1]}
     if not captioned:
@@ -352,7 +354,8 @@ def with_splits(photos, folder):
         few = len(order) < 1000  # then more of them for val, and none for test
         count = max(2, len(order) // 10) if few else len(order) // 20
         splits = dict.fromkeys(order, "train") | dict.fromkeys(order[:count], "val")
-        splits |= {} if few else dict.fromkeys(order[count : 2 * count], "test")
+        if not few:
+            splits |= dict.fromkeys(order[count : 2 * count], "test")
     splits |= {name: split for name, (split, _) in photos.items() if split}
     unlisted = [name for name in photos if name not in splits]
     if unlisted:
@@ -705,7 +708,6 @@ def draw_inside(path, split, before, after, model, count=16):
     top.colorbar(picture, shrink=0.8)
 
     images, texts = after
-
     rows = torch.linspace(0, len(images) - 1, 6).long()
     found = (images[rows] @ texts.T).argmax(dim=1).cpu()
     attention = class_attention(model, normalize(split.take(rows, images.device))).cpu()
@@ -792,7 +794,7 @@ def use_cpu_quota():
 def run_command(argv, parse_args, run):
     """Run a command and return its exit code. Bad input is one line on stderr and 2; Ctrl-C is 130."""
     if not sys.warnoptions:
-        warnings.simplefilter("ignore")  # `python -W default` shows them
+        warnings.simplefilter("ignore")  # `python -W default` shows warnings again
     use_cpu_quota()
     try:
         run(parse_args(argv))

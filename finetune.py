@@ -274,15 +274,16 @@ def own_data(base):
     """{name: validation split} of the data that a run of clip.py was trained on, to see what it forgets.
     {} if they are not where they were, or have changed."""
     run_dir, c = Path(base.name_or_path), base.config
-    if (run_dir / "checkpoint.pt").exists():
-        checkpoint = clip.load_checkpoint(run_dir)
-        source = checkpoint["source"]
-        if source in data.DRAWN or Path(source).exists():
-            with contextlib.suppress(InputError):
-                splits, _ = data.load(source, base.tokenizer_path, c.image_size, c.max_position_embeddings)
-                if data.fingerprint(splits) == checkpoint["data"]:
-                    return {f"{Path(source).name} val": splits["val"]}
-        print(f"the base's own data, {source}, have moved or changed: what it forgets is not shown")
+    if not (run_dir / "checkpoint.pt").exists():
+        return {}
+    checkpoint, splits = clip.load_checkpoint(run_dir), {}
+    source = checkpoint["source"]
+    if source in data.DRAWN or Path(source).exists():  # do not download it again
+        with contextlib.suppress(InputError):
+            splits, _ = data.load(source, base.tokenizer_path, c.image_size, c.max_position_embeddings)
+    if splits and data.fingerprint(splits) == checkpoint["data"]:
+        return {f"{Path(source).name} val": splits["val"]}
+    print(f"the base's own data, {source}, have moved or changed: what it forgets is not shown")
     return {}
 
 
@@ -381,7 +382,11 @@ def recipes_of(args, base_loss):
     """A LoRARecipe for each seed and each rank that the flags ask for. Rank 0 trains all weights."""
     recipe = data.recipe_of(args, LoRARecipe, targets=tuple(args.targets), base_loss=round(base_loss, 2))
     recipes = []
-    ranks = args.r + [0] if args.full else args.r or [RECIPE.r]
+    ranks = args.r
+    if args.full:
+        ranks = ranks + [0]
+    elif not ranks:
+        ranks = [RECIPE.r]
     for seed in range(args.seed, args.seed + args.seeds):
         for r in dict.fromkeys(ranks):
             alpha = 2.0 * r if args.alpha is None else args.alpha
