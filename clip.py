@@ -17,12 +17,13 @@ Embeddings have E numbers (projection_dim).
 """
 
 import copy
+import csv
 import gc
 import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from itertools import combinations, product
 from pathlib import Path
@@ -172,16 +173,6 @@ class Encoder(nn.Module):
         return self.layers[-1](pooled, pool_mask, context=x)[:, 0]  # (B, C)
 
 
-def drop_patches(x, fraction):
-    """Leave out a fraction of the patches x (B, T - 1, C), different ones for each photo and step. Half of
-    the patches take half of the work (FLIP, Li et al. 2022, arXiv:2212.00794)."""
-    B, patches, C = x.shape
-    kept = torch.rand(B, patches, device=x.device).argsort(dim=1)[
-        :, : max(1, round(patches * (1 - fraction)))
-    ]
-    return x.gather(1, kept[:, :, None].expand(-1, -1, C))  # in any order: x includes the positions
-
-
 class VisionEmbeddings(nn.Module):
     """Photos (B, 3, S, S) to tokens (B, T, C): one token for each P x P patch, after a class token. The class
     token has no pixels of its own; in the blocks it gathers what the patches say."""
@@ -205,7 +196,11 @@ class VisionEmbeddings(nn.Module):
         x = F.linear(patches, self.patch_embedding.weight.flatten(1))  # (B, T - 1, C)
         x = x + self.position_embedding.weight[1:]
         if self.training and self.patch_dropout:
-            x = drop_patches(x, self.patch_dropout)
+            # Keep a random part of each photo's patches: half of them take half of the work (FLIP, Li et al.
+            # 2022, arXiv:2212.00794). Their order doesn't matter, since x includes the positions.
+            count = max(1, round(x.shape[1] * (1 - self.patch_dropout)))
+            kept = torch.rand(x.shape[:2], device=x.device).argsort(dim=1)[:, :count, None]  # (B, count, 1)
+            x = x.gather(1, kept.expand(-1, -1, x.shape[2]))
         class_token = self.class_embedding + self.position_embedding.weight[0]  # (C,)
         return torch.cat([class_token.expand(B, 1, -1), x], dim=1)  # (B, T, C)
 
@@ -569,8 +564,8 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
     scaler = torch.amp.GradScaler(device.type, enabled=autocast_dtype(device) == torch.float16)
     # What is in the second argument is shared with the copy instead of copied: the frozen parameters.
     ema_model = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad}).eval()
-    settings = {"config": asdict(model.config), "recipe": asdict(recipe), "data": data.fingerprint(splits)}
-    settings["source"] = split.source  # finetune.py looks there for the data again
+    settings = {"config": asdict(model.config), "recipe": asdict(recipe), "source": split.source}
+    settings["data"] = [part.fingerprint() for part in splits.values()]
     history = resume_run(run_dir, settings, model, ema_model, optimizers, scaler) if resume else []
     if compile:
         compile_model(model)
@@ -618,6 +613,14 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
     return ema_model, history
 
 
+def write_csv(path, rows):
+    """Write dictionaries with the same keys as the lines of a CSV file."""
+    with data.atomic(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def weights_of(model):
     """{name: weight} of the parameters that require a gradient: all of them, or those of an adapter."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -628,7 +631,7 @@ def save_run(run_dir, settings, history, model, ema_model, optimizers, scaler):
     state = {"history": history, "scaler": scaler.state_dict()}
     state |= {"ema_model": weights_of(ema_model), "model": weights_of(model)}
     state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-    data.write_csv(Path(run_dir) / "log.csv", history)
+    write_csv(Path(run_dir) / "log.csv", history)
     with data.atomic(Path(run_dir) / "checkpoint.pt") as temporary:
         torch.save(settings | state, temporary)
 
@@ -652,12 +655,12 @@ def resume_run(run_dir, settings, model, ema_model, optimizers, scaler):
         print(f"new run   {run_dir}")
         return []
     state = load_checkpoint(run_dir)
+    if state["data"] != settings["data"]:
+        raise data.InputError(f"{run_dir} can't be resumed: the photos, captions or tokenizer differ")
     for name, value in (settings["config"] | settings["recipe"]).items():
         before = (state["config"] | state["recipe"]).get(name)
         if before != value and name not in ("epochs", "micro_batch"):
             raise data.InputError(f"{run_dir} can't be resumed: {name} was {before} and is {value} now")
-    if state["data"] != settings["data"]:
-        raise data.InputError(f"{run_dir} can't be resumed: the photos, captions or tokenizer differ")
     model.load_state_dict(state["model"], strict=False)
     ema_model.load_state_dict(state["ema_model"], strict=False)
     if state["scaler"]:  # {} if the run was begun without fp16
@@ -825,11 +828,9 @@ def train_step_general(model, optimizers, scaler, pixels, ids, recipe, lr, seed=
 def open_device(name):
     """The torch.device of this name. With torchrun, also connect its processes. InputError for no device."""
     try:
-        zero = torch.zeros(1, device=name)
-        zero.item()  # fails on "meta", which holds no numbers
+        device = torch.zeros(1, device=name).device  # with an index, as in "cuda:0"
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without CUDA
-        raise data.InputError(f"--device {name} can't be used here: {data.first_line(error)}") from error
-    device = zero.device  # with an index: by default --device names the GPU that torchrun gave this process
+        raise data.InputError(f"--device {name} can't be used here: use cpu, or cuda:N or mps") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if WORLD_SIZE > 1 and not dist.is_initialized():
@@ -939,16 +940,15 @@ def parse_args(argv):
 
 
 def run(args):
-    recipe = data.recipe_of(args, Recipe)
+    recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
     device = open_device(args.device)
     if device.type == "cpu" and args.model == "ViT-B/16" and not recipe.micro_batch:
         raise data.InputError("ViT-B/16 needs a GPU: add --model tiny --tokenizer train, or --micro-batch 8")
     config = replace(PRESETS[args.model], causal=args.text == "causal")
-    saved = args.out / "tokenizer"
-    source = saved if args.resume and saved.exists() else args.tokenizer
-    splits, tokenizer = open_data(args, device, source, config)
-    if RANK == 0 and not saved.exists():
-        data.save_tokenizer(tokenizer, saved)
+    splits, tokenizer = open_data(args, device, args.tokenizer, config)
+    if RANK == 0 and not (args.out / "tokenizer").exists():
+        with data.atomic(args.out / "tokenizer") as temporary:
+            tokenizer.save_pretrained(temporary)
     torch.manual_seed(recipe.seed)  # the same weights in every process
     model = CLIP(replace(config, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)).to(device)
     if args.init == "mimetic":
@@ -961,9 +961,7 @@ def run(args):
         if "test" in splits:
             print(f"test      {describe(evaluate(ema_model, splits['test']))}")
         after = embed(ema_model, splits["val"])
-        data.draw_curve(args.out / "curve.png", history, len(splits["val"].photos))
-        data.draw_retrieval(args.out / "retrieval.png", splits["val"], *after)
-        data.draw_inside(args.out / "inside.png", splits["val"], before, after, ema_model)
+        data.draw_pictures(args.out, history, splits["val"], before, after, ema_model)
         memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
         print(f"done      {history[-1]['minutes']:.1f} minutes of training{memory}: {args.out}")
 

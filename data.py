@@ -35,7 +35,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageChops, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 
 class InputError(ValueError):
@@ -100,6 +100,11 @@ class Split:
     def usual_length(self):
         return int(self.lengths.float().quantile(0.999, interpolation="higher"))
 
+    def fingerprint(self):
+        """A number that depends on the photos' names, the captions' tokens, and the photo of each caption."""
+        names = repr([PurePosixPath(name).name for name in self.names]).encode()
+        return zlib.crc32(names + self.ids.numpy().tobytes() + self.image_index.numpy().tobytes())
+
 
 def make_split(names, photos, sentences, tokenizer, context, source=""):
     """A Split of photos, an array (N, S, S, 3) uint8, and the list of sentences of each photo."""
@@ -108,15 +113,6 @@ def make_split(names, photos, sentences, tokenizer, context, source=""):
     ids = tokenize(tokenizer, captions, context)
     lengths = (ids == tokenizer.eos_token_id).int().argmax(dim=1) + 1
     return Split(torch.from_numpy(photos), names, captions, image_index, ids, lengths, source)
-
-
-def fingerprint(splits):
-    """A number that depends on the photos' names, the captions' tokens, and the photo of each caption."""
-    number = 0
-    for split in splits.values():
-        names = repr([PurePosixPath(name).name for name in split.names]).encode()
-        number = zlib.crc32(names + split.ids.numpy().tobytes() + split.image_index.numpy().tobytes(), number)
-    return number
 
 
 # --- Augmentation ----------------------------------------------------------------------------------------
@@ -335,32 +331,21 @@ def read_captions(folder, path=None):
     if len(captioned) < len(photos):
         print(f"warning: {len(photos) - len(captioned)} photos have only empty captions", file=sys.stderr)
     print(f"captions  {path}")
-    return with_splits(captioned, path.parent)
+    return with_splits(captioned)
 
 
-def with_splits(photos, folder):
-    """Give each photo a split: its own, that of Flickr8k_text's lists in the folder, or one by hash."""
+def with_splits(photos):
+    """Give each photo that has no split one that depends on a hash of its name."""
     missing = [name for name, (split, _) in photos.items() if not split]
-    if not missing:
-        return photos
-    splits = {}
-    for part, split in (("train", "train"), ("dev", "val"), ("test", "test")):
-        path = folder / f"Flickr_8k.{part}Images.txt"
-        if path.exists():
-            splits |= dict.fromkeys(path.read_text(errors="replace").split(), split)
-    if not splits:
+    if missing:
         print("splits    by a hash of the photos' names: recall does not compare with published figures")
-        order = sorted(missing, key=lambda name: zlib.crc32(PurePosixPath(name).name.encode()))
-        few = len(order) < 1000  # then more of them for val, and none for test
-        count = max(2, len(order) // 10) if few else len(order) // 20
-        splits = dict.fromkeys(order, "train") | dict.fromkeys(order[:count], "val")
-        if not few:
-            splits |= dict.fromkeys(order[count : 2 * count], "test")
-    splits |= {name: split for name, (split, _) in photos.items() if split}
-    unlisted = [name for name in photos if name not in splits]
-    if unlisted:
-        print(f"warning: {len(unlisted)} photos have no split, for example {unlisted[0]}", file=sys.stderr)
-    return {name: (splits[name], own) for name, (_, own) in photos.items() if name in splits}
+    order = sorted(missing, key=lambda name: zlib.crc32(PurePosixPath(name).name.encode()))
+    few = len(order) < 1000  # then more of them for val, and none for test
+    count = max(2, len(order) // 10) if few else len(order) // 20
+    splits = dict.fromkeys(order, "train") | dict.fromkeys(order[:count], "val")
+    if not few:
+        splits |= dict.fromkeys(order[count : 2 * count], "test")
+    return {name: (split or splits[name], captions) for name, (split, captions) in photos.items()}
 
 
 # --- Photos ----------------------------------------------------------------------------------------------
@@ -441,15 +426,12 @@ def atomic(path):
 
 def photo_store(photos, size):
     """Photos {name: path} as uint8 (N, size, size, 3). They are decoded once into a memory-mapped file in
-    cache/, whose name is a hash of the names, sizes, dates and some bytes of the photos."""
+    cache/, whose name is a hash of the names, sizes and dates of the photos."""
     from tqdm import tqdm
 
     key = hashlib.sha256(str(size).encode())
     for name, path in photos.items():
-        stat = path.stat()
-        with open(path, "rb") as file:
-            file.seek(stat.st_size // 2)
-            key.update(repr((name, stat.st_size, stat.st_mtime_ns, file.read(1024))).encode())
+        key.update(repr((name, path.stat().st_size, path.stat().st_mtime_ns)).encode())
     # If the current folder is read-only, the file is in the system's folder for temporary files.
     folder = Path("cache") if os.access(".", os.W_OK) else Path(tempfile.gettempdir(), "clip-cache")
     store = folder / f"{key.hexdigest()[:16]}.npy"
@@ -524,20 +506,14 @@ def draw(scene, side, rng, sketch=False):
     """A scene as (side, side, 3) uint8. `rng` changes the sizes and places of its things a little."""
     *things, ground = scene
     large = 4 * side  # drawn at four times the size and then reduced, so that edges are smooth
-    image = Image.new("RGB", (large, large), (SKETCH_GROUNDS if sketch else GROUNDS)[ground])
+    background = (SKETCH_GROUNDS if sketch else GROUNDS)[ground]
+    image = Image.new("RGB", (large, large), background)
     for (size, colour, shape), place in things:
         radius = large * SIZES[size] * rng.uniform(0.95, 1.05)
         x, y = (large * (centre + rng.uniform(-0.02, 0.02)) for centre in PLACES[place])
-        if not sketch:
-            draw_shape(image, shape, x, y, radius, COLOURS[colour])
-            continue
-        mask = Image.new("L", image.size)
-        draw_shape(mask, shape, x, y, radius, 255)
-        # The inside of the shape is what it still covers after a move in any of four directions.
-        inside, move = mask, side // 6
-        for dx, dy in ((move, 0), (-move, 0), (0, move), (0, -move)):
-            inside = ImageChops.darker(inside, ImageChops.offset(mask, dx, dy))
-        image.paste(COLOURS[colour], mask=ImageChops.subtract(mask, inside))
+        draw_shape(image, shape, x, y, radius, COLOURS[colour])
+        if sketch and shape != "ring":  # an outline: fill its inside with the background
+            draw_shape(image, shape, x, y, 0.7 * radius, background)
     return np.asarray(image.reduce(4))
 
 
@@ -606,12 +582,6 @@ def load_tokenizer(name):
         raise InputError(f"no tokenizer in {name}: {advice}") from error
 
 
-def save_tokenizer(tokenizer, folder):
-    """Write a tokenizer to a folder, whole or not at all."""
-    with atomic(folder) as temporary:
-        tokenizer.save_pretrained(temporary)
-
-
 def tokenize(tokenizer, captions, context=77):
     """Captions to int32 ids (len(captions), context), padded with the end token. Longer captions are cut and
     keep their end token, since that is where the model reads a caption (openai/CLIP #212)."""
@@ -628,6 +598,13 @@ def save_figure(figure, path):
     """Write a matplotlib figure as a PNG file."""
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
+
+
+def draw_pictures(folder, history, split, before, after, model):
+    """Draw curve.png, retrieval.png and inside.png of a run."""
+    draw_curve(folder / "curve.png", history, len(split.photos))
+    draw_retrieval(folder / "retrieval.png", split, *after)
+    draw_inside(folder / "inside.png", split, before, after, model)
 
 
 def draw_curve(path, history, photos):
@@ -727,14 +704,6 @@ def draw_inside(path, split, before, after, model, count=16):
 # --- The command line ------------------------------------------------------------------------------------
 
 
-def write_csv(path, rows):
-    """Write dictionaries with the same keys as the lines of a CSV file."""
-    with atomic(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def setting(default, low, high, help):
     """A field of a recipe, which is a flag too: its default, its range, its help."""
     return field(default=default, metadata={"low": low, "high": high, "help": help})
@@ -775,12 +744,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise InputError(f"{message}; --help lists the flags")
-
-
-def recipe_of(args, recipe_class, **others):
-    """A recipe with the values of the flags, and others."""
-    flags = {f.name: getattr(args, f.name) for f in fields(recipe_class) if f.metadata}
-    return recipe_class(**flags, **others)
 
 
 def use_cpu_quota():

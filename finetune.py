@@ -204,7 +204,8 @@ def adapt(base, splits, recipe, run_dir, resume=False, compile=False):
         if recipe.r:
             lora.save_adapter(model, run_dir, base.name_or_path)
         elif not (run_dir / "tokenizer").exists():  # with its tokenizer the run can be the next base
-            data.save_tokenizer(tokenizer_of(base), run_dir / "tokenizer")
+            with data.atomic(run_dir / "tokenizer") as temporary:
+                tokenizer_of(base).save_pretrained(temporary)
     return model, history
 
 
@@ -281,7 +282,7 @@ def own_data(base):
     if source in data.DRAWN or Path(source).exists():  # do not download it again
         with contextlib.suppress(InputError):
             splits, _ = data.load(source, base.tokenizer_path, c.image_size, c.max_position_embeddings)
-    if splits and data.fingerprint(splits) == checkpoint["data"]:
+    if splits and [part.fingerprint() for part in splits.values()] == checkpoint["data"]:
         return {f"{Path(source).name} val": splits["val"]}
     print(f"the base's own data, {source}, have moved or changed: what it forgets is not shown")
     return {}
@@ -380,7 +381,8 @@ def parse_args(argv):
 
 def recipes_of(args, base_loss):
     """A LoRARecipe for each seed and each rank that the flags ask for. Rank 0 trains all weights."""
-    recipe = data.recipe_of(args, LoRARecipe, targets=tuple(args.targets), base_loss=round(base_loss, 2))
+    flags = {f.name: getattr(args, f.name) for f in fields(LoRARecipe) if f.metadata}
+    recipe = LoRARecipe(**flags, targets=tuple(args.targets), base_loss=round(base_loss, 2))
     recipes = []
     ranks = args.r
     if args.full:
@@ -418,7 +420,7 @@ def run(args):
     # A study that was begun continues, with or without --resume, and other settings are an error.
     rows += study(base, splits, recipes, args.out, judged, resume=True, compile=compile)
     if clip.RANK == 0:
-        data.write_csv(args.out / "study.csv", rows)
+        clip.write_csv(args.out / "study.csv", rows)
         draw_study(args.out / "study.png", rows, judged)
         print(f"\n{table(rows, judged)}\ndone      {args.out}")
 
