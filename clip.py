@@ -356,8 +356,6 @@ def contrastive_loss(logits_per_image):
     answer 1 / B and has a loss of ln B: 1.10 for three pairs, 4.85 for 128. A loss that stays
     there means that nothing is learnt (open_clip #17).
     """
-    if logits_per_image.shape != (len(logits_per_image), len(logits_per_image)):
-        raise ValueError(f"logits_per_image is {tuple(logits_per_image.shape)}, but (B, B) is needed")
     labels = torch.arange(len(logits_per_image), device=logits_per_image.device)
     logits_per_image = logits_per_image.float()  # also if a caller has them in 16 bits
     loss_image = F.cross_entropy(logits_per_image, labels)
@@ -916,11 +914,10 @@ def print_start(model, splits, recipe, device):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     towers = model.vision_model, model.text_model, model
     vision, text, total = (sum(p.numel() for p in tower.parameters()) / 1e6 for tower in towers)
-    group = min(64, len(splits["val"].photos))
+    B, group = recipe.batch_size, min(64, len(splits["val"].photos))
     print(f"device    {WORLD_SIZE} x {name}, {autocast_dtype(device)}")
     print(f"model     {total:.1f} M parameters: vision {vision:.1f}, text {text:.1f}, and projections")
-    for kind, size in (("training", recipe.batch_size), ("validation", group)):
-        print(f"chance    {kind} loss ln {size} = {math.log(size):.3f}", flush=True)
+    print(f"chance    loss ln {B} = {math.log(B):.3f}, in validation ln {group} = {math.log(group):.3f}")
 
 
 def parse_args(argv):

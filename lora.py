@@ -102,8 +102,7 @@ def insert(model, settings, dropout, use_rslora):
     if not settings:
         raise ValueError("there is no Linear to adapt: name some as targets")
     for name, (r, alpha) in settings.items():
-        numbers = isinstance(r, int) and isinstance(alpha, int | float)
-        if not (numbers and r >= 1 and alpha > 0 and 0 <= dropout < 1):
+        if not (isinstance(r, int) and r >= 1 and alpha > 0 and 0 <= dropout < 1):
             given = f"not r={r!r}, alpha={alpha!r}, dropout={dropout}"
             raise ValueError(f"r must be an integer >= 1, alpha > 0 and 0 <= dropout < 1, {given}")
         linear = model.get_submodule(name)
@@ -177,13 +176,6 @@ def unmerge(model):
 # --- Files, as peft writes and reads them ----------------------------------------------------------------
 
 
-def write(path, content):
-    """Write bytes to a file, which appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
 def save_adapter(model, folder, base=None):
     """Write adapter_config.json and adapter_model.safetensors, which peft.PeftModel.from_pretrained opens.
     base: the base model's name. The strength is not saved. ValueError if dropout or use_rslora differ."""
@@ -207,9 +199,13 @@ def save_adapter(model, folder, base=None):
     for name, layer in layers.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A.detach().cpu()
         tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B.detach().cpu()
+    files = {"adapter_model.safetensors": save(tensors, {"format": "pt"})}
+    files |= {"adapter_config.json": json.dumps(config, indent=1).encode()}
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
-    write(folder / "adapter_config.json", json.dumps(config, indent=1).encode())
+    for name, content in files.items():  # each file appears whole or not at all
+        temporary = folder / f".{name}.partial"
+        temporary.write_bytes(content)
+        os.replace(temporary, folder / name)
 
 
 # Settings of peft.LoraConfig that we obey, and those that don't matter once an adapter is trained. All others
@@ -225,10 +221,8 @@ def read_adapter(folder):
 
     is_whole = (folder / "adapter_config.json").exists() and any(folder.glob("adapter_model.*"))
     if not is_whole:  # peft would look for this name on the hub
-        inside = [str(path.parent) for path in sorted(folder.glob("*/adapter_config.json"))]
-        advice = (
-            f"give one of {', '.join(inside)}" if inside else "it lacks adapter_config.json or the weights"
-        )
+        inside = ", ".join(str(path.parent) for path in sorted(folder.glob("*/adapter_config.json")))
+        advice = f"give one of {inside}" if inside else "it lacks adapter_config.json or the weights"
         raise ValueError(f"{folder} is not the folder of an adapter: {advice}")
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
@@ -268,9 +262,7 @@ def load_adapter(model, folder):
         shape = tuple(tensors[name].shape) if name in tensors else "missing"
         if shape != expected.get(name):
             needed = expected.get(name, "no such Linear")
-            raise ValueError(
-                f"{folder} doesn't fit this model: {name} is {shape}, but the model has {needed}"
-            )
+            raise ValueError(f"{folder} doesn't fit: its {name} is {shape}, but the model has {needed}")
     trained_on, base = config.base_model_name_or_path, getattr(model, "name_or_path", None)
     if trained_on and base and trained_on != base:
         warnings.warn(f"{folder} was trained on {trained_on}, but this model is {base}", stacklevel=2)
