@@ -512,8 +512,8 @@ def draw(scene, side, rng, sketch=False):
         radius = large * SIZES[size] * rng.uniform(0.95, 1.05)
         x, y = (large * (centre + rng.uniform(-0.02, 0.02)) for centre in PLACES[place])
         draw_shape(image, shape, x, y, radius, COLOURS[colour])
-        if sketch and shape != "ring":  # an outline: fill its inside with the background
-            draw_shape(image, shape, x, y, 0.7 * radius, background)
+        if sketch and shape != "ring":  # outlines: the background fills the inside. A ring is one already.
+            draw_shape(image, shape, x, y, 0.8 * radius, background)
     return np.asarray(image.reduce(4))
 
 
