@@ -41,7 +41,7 @@ from torch import nn
 IS_TORCHRUN = dist.is_available() and dist.is_torchelastic_launched()
 RANK = int(os.environ["RANK"]) if IS_TORCHRUN else 0  # the number of this process
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if IS_TORCHRUN else 1  # how many there are
-SAVE_SECONDS = 20  # least time between checkpoints: one of ViT-B/16 takes seconds to write
+SAVE_SECONDS = 60  # least time between checkpoints: one of ViT-B/16 takes seconds to write
 
 # --- Configuration ---------------------------------------------------------------------------------------
 
@@ -451,7 +451,7 @@ class Recipe:
     the recipe for few photos adds. Every setting is a flag. InputError for a value out of range."""
 
     # Each setting has its default, its least and largest value, and its help text.
-    epochs: int = data.setting(44, 1, 1e6, "epochs; the last incomplete batch of each is dropped")
+    epochs: int = data.setting(60, 1, 1e6, "epochs; the last incomplete batch of each is dropped")
     batch_size: int = data.setting(128, 2, 1e6, "photos in a step, on all GPUs together")
     lr: float = data.setting(7e-4, 0, 1e3, "learning rate after the warm-up")
     warmup: float = data.setting(4.0, 0, 1e6, "epochs in which the learning rate rises from 0")
@@ -463,7 +463,7 @@ class Recipe:
     color_jitter: float = data.setting(0.8, 0, 1, "largest change of brightness, contrast and saturation")
     patch_dropout: float = data.setting(0.75, 0, 0.99, "fraction of the patches that training leaves out")
     texts: int = data.setting(4, 1, 100, "captions of each photo in a step")
-    word_dropout: float = data.setting(0.5, 0, 0.99, "fraction of the words that random words replace")
+    word_dropout: float = data.setting(0.9, 0, 1, "largest fraction of a caption that random words replace")
     # Large batches and random numbers.
     micro_batch: int = data.setting(0, 0, 1e6, "photos that a GPU encodes at once, to save memory; 0 is all")
     seed: int = data.setting(0, 0, 1e6, "seed of weights, batches and augmentation")

@@ -172,12 +172,14 @@ def augment(photos, size, recipe):
 
 
 def augment_captions(ids, config, word_dropout):
-    """Replace a fraction of the tokens in ids (n, T) by random ones. Start, end and padding stay."""
+    """Replace tokens in ids (n, T) by random ones. Start, end and padding stay. The fraction is drawn for
+    each caption, from 0 to word_dropout, so that the model also reads captions that are nearly whole."""
     if not word_dropout:
         return ids
     other = torch.randint_like(ids, config.vocab_size - 1)
     other += other >= config.eos_token_id  # any token but the end token
-    replaced = (torch.rand(ids.shape, device=ids.device) < word_dropout) & (ids != config.eos_token_id)
+    fraction = word_dropout * torch.rand(len(ids), 1, device=ids.device)
+    replaced = (torch.rand(ids.shape, device=ids.device) < fraction) & (ids != config.eos_token_id)
     replaced[:, 0] = False  # the start token
     return torch.where(replaced, other, ids)
 
