@@ -366,35 +366,29 @@ def contrastive_loss(logits_per_image):
 # --- Recall and evaluation -------------------------------------------------------------------------------
 
 
-def rank_of_best_match(queries, answers, query_index, answer_index, chunk=2**26):
-    """Rank of the best correct answer of each query (Q,), counted from 0; ties count against the model.
+def rank_of_best_match(queries, answers, query_index, answer_index):
+    """Rank (Q,) of the best correct answer of each query, counted from 0; ties count against the model.
 
     queries (Q, E) and answers (A, E) are embeddings. An answer with the query's image index is correct. A
-    query without one has rank infinity. At most `chunk` similarities are in memory at once."""
-    ranks, rows = [], max(1, chunk // len(answers))
-    for part, index in zip(queries.split(rows), query_index.split(rows)):
-        similarity = part @ answers.T  # (rows, A)
-        correct = index[:, None] == answer_index
-        best = similarity.masked_fill(~correct, -torch.inf).amax(dim=1, keepdim=True)
-        # `~(a < b)` rather than `a >= b`, which is False for NaN: NaN counts against the model too.
-        above = ~(similarity < best) & ~correct
-        ranks.append(torch.where(correct.any(dim=1), above.sum(dim=1), torch.inf))
-    return torch.cat(ranks)
+    query without a correct answer has rank infinity."""
+    similarity = queries @ answers.T  # (Q, A)
+    correct = query_index[:, None] == answer_index
+    best = similarity.masked_fill(~correct, -torch.inf).amax(dim=1, keepdim=True)
+    # `~(a < b)` rather than `a >= b`, which is False for NaN: NaN counts against the model too.
+    above = ~(similarity < best) & ~correct
+    return torch.where(correct.any(dim=1), above.sum(dim=1), torch.inf)
 
 
-def recall_at_k(image_embeds, text_embeds, image_index, ks=(1, 5, 10), chunk=2**26):
+def recall_at_k(image_embeds, text_embeds, image_index, ks=(1, 5, 10)):
     """Retrieval recall as published for Flickr30k: {"t2i_r1": fraction, ..., "i2t_r1": fraction, ...}.
 
     image_embeds (N, E), text_embeds (M, E); image_index (M,) is the row of the photo of each caption. Text to
     image (t2i): the fraction of captions whose photo is among the k most similar photos. Image to text (i2t):
-    the fraction of photos with any of their captions among the k most similar captions. ValueError if an
-    index names no photo.
+    the fraction of photos with any of their captions among the k most similar captions.
     """
     images = torch.arange(len(image_embeds), device=image_embeds.device)
-    if len(image_index) != len(text_embeds) or not 0 <= image_index.min() <= image_index.max() < len(images):
-        raise ValueError(f"image_index must hold {len(text_embeds)} rows of the {len(images)} images")
-    text_rank = rank_of_best_match(text_embeds, image_embeds, image_index, images, chunk)  # (M,)
-    image_rank = rank_of_best_match(image_embeds, text_embeds, images, image_index, chunk)  # (N,)
+    text_rank = rank_of_best_match(text_embeds, image_embeds, image_index, images)  # (M,)
+    image_rank = rank_of_best_match(image_embeds, text_embeds, images, image_index)  # (N,)
     recall = {f"t2i_r{k}": (text_rank < k).float().mean().item() for k in ks}
     return recall | {f"i2t_r{k}": (image_rank < k).float().mean().item() for k in ks}
 
@@ -782,43 +776,41 @@ def train_step_general(model, optimizers, scaler, pixels, ids, recipe, lr, seed=
     3. Encode each micro-batch again, now with activations, and backpropagate its part of that gradient.
 
     This is gradient caching (Gao et al. 2021, arXiv:2101.06983): the gradient is that of the whole batch."""
-    B = len(pixels) // recipe.views  # photos of this process
-    size = recipe.micro_batch or B
-    parts = list(zip(pixels.split(size * recipe.views), ids.split(size * recipe.texts), strict=True))
+    size = recipe.micro_batch or len(pixels)
+    pixel_parts, id_parts = pixels.split(size * recipe.views), ids.split(size * recipe.texts)
+    is_cached = len(pixel_parts) > 1
 
     def encode(i):
         torch.manual_seed(seed + i)  # the same dropout in steps 1 and 3
         with autocast(pixels.device):
-            image_embeds, text_embeds = model.encode_image(parts[i][0]), model.encode_text(parts[i][1])
+            image_embeds, text_embeds = model.encode_image(pixel_parts[i]), model.encode_text(id_parts[i])
         return image_embeds.unflatten(0, (-1, recipe.views)), text_embeds.unflatten(0, (-1, recipe.texts))
 
-    if len(parts) == 1:
-        image_embeds, text_embeds = encode(0)  # (B, V, E), (B, K, E)
-        loss, photo_caption = multiview_loss(model, gather_rows(image_embeds), gather_rows(text_embeds))
-        scaler.scale(loss).backward()
-    else:
+    with torch.set_grad_enabled(not is_cached):
+        image_parts, text_parts = zip(*[encode(i) for i in range(len(pixel_parts))])
+    image_embeds, text_embeds = torch.cat(image_parts), torch.cat(text_parts)  # (B, V, E), (B, K, E)
+    if is_cached:
+        image_embeds.requires_grad_()
+        text_embeds.requires_grad_()
         # Add up gradients in buffers of our own. PyTorch could otherwise keep the output of a CUDA graph as
         # p.grad, and the next replay would overwrite it.
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
-        with torch.no_grad():
-            images, texts = zip(*[encode(i) for i in range(len(parts))])
-        all_images, all_texts = torch.cat(images).requires_grad_(), torch.cat(texts).requires_grad_()
-        loss, photo_caption = multiview_loss(model, gather_rows(all_images), gather_rows(all_texts))
-        scaler.scale(loss).backward()
-        image_grads, text_grads = all_images.grad.split(size), all_texts.grad.split(size)
-        for i in range(len(parts)):
-            image_embeds, text_embeds = encode(i)
+    loss, photo_caption = multiview_loss(model, gather_rows(image_embeds), gather_rows(text_embeds))
+    scaler.scale(loss).backward()
+    if is_cached:
+        image_grads, text_grads = image_embeds.grad.split(size), text_embeds.grad.split(size)
+        for i in range(len(pixel_parts)):
+            images, texts = encode(i)
             # The gradient of this sum, with the gradients held fixed, is that of the loss (chain rule).
-            ((image_embeds * image_grads[i]).sum() + (text_embeds * text_grads[i]).sum()).backward()
+            ((images * image_grads[i]).sum() + (texts * text_grads[i]).sum()).backward()
     if WORLD_SIZE > 1:
         # All processes compute the same loss. With two, the backward pass of gather_rows returns each row's
         # gradient from both, twice the right one, and the mean over the processes divides by two.
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        with dist._coalescing_manager():  # one message instead of hundreds
-            for gradient in gradients:
-                dist.all_reduce(gradient)
-        torch._foreach_div_(gradients, WORLD_SIZE)
+        for p in model.parameters():
+            if p.grad is not None:
+                dist.all_reduce(p.grad)
+                p.grad /= WORLD_SIZE
     update_weights(model, optimizers, scaler, lr)
     return photo_caption.detach()
 
