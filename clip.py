@@ -892,9 +892,7 @@ def open_data(args, device, tokenizer, config):
     photos = len(splits["train"].photos)
     if args.batch_size > photos or args.batch_size % WORLD_SIZE:
         most = photos // WORLD_SIZE * WORLD_SIZE
-        raise data.InputError(
-            f"--batch-size {args.batch_size} does not fit {photos} photos: try {most} or less"
-        )
+        raise data.InputError(f"--batch-size {args.batch_size} does not fit {photos} photos: try {most}")
     for name, split in splits.items():
         print(f"{name:10s}{len(split.photos):,} photos, {len(split.captions):,} captions")
         split.place(device)
