@@ -5,15 +5,15 @@
 """CLIP (Radford et al. 2021, arXiv:2103.00020) in one file.
 
     python clip.py --data shapes     drawn scenes, no download: about a minute on two CPU cores
-    python clip.py --epochs 55       ViT-B/16 from scratch on Flickr30k, on a GPU, for 55 epochs
+    python clip.py --epochs 55       ViT-B/16 from scratch on Flickr30k, on a GPU
 
-Two transformers learn to give a photo and its caption nearly the same vector. Modules have the names of
-Hugging Face's CLIPModel, so released weights load unchanged. A first reading ends with `train`.
+Two transformers learn vectors in which a photo is more similar to its own caption than to any other. Modules
+have the names of Hugging Face's CLIPModel, so released weights load unchanged. On a first reading, stop after
+`train`. The letters in the shapes of tensors:
 
-Shapes: a split has N photos and M captions; a batch has B photos, with V crops and K captions of each. Photos
-have S x S pixels and patches of P x P. Attention has T tokens (patches and a class token, or subwords), of
-which T' are queries (all, or one in the last block), with C channels (hidden_size) in H heads of D = C / H.
-Embeddings have E numbers (projection_dim).
+    B photos in a batch, V crops and K captions of each        N photos and M captions in a split
+    S x S pixels in a photo, P x P pixels in a patch           E numbers in an embedding (projection_dim)
+    T tokens: a class token and patches, or subwords           C channels (hidden_size), H heads of D = C / H
 """
 
 import copy
@@ -23,7 +23,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from itertools import combinations, product
 from pathlib import Path
@@ -46,7 +46,7 @@ SAVE_SECONDS = 60  # least time between checkpoints: one of ViT-B/16 takes secon
 # --- Configuration ---------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
 class TowerConfig:
     """The size of one transformer: width, layers, heads and width of the MLP, in Hugging Face's names."""
 
@@ -65,8 +65,8 @@ class CLIPConfig:
     hidden_act: "quick_gelu", as in released weights, or "gelu", which is faster on CPUs.
     """
 
-    vision: TowerConfig = field(default_factory=lambda: TowerConfig(768, 12, 12, 3072))
-    text: TowerConfig = field(default_factory=lambda: TowerConfig(512, 12, 8, 2048))
+    vision: TowerConfig = TowerConfig(768, 12, 12, 3072)
+    text: TowerConfig = TowerConfig(512, 12, 8, 2048)
     image_size: int = 224
     patch_size: int = 16
     vocab_size: int = 49408
@@ -77,10 +77,10 @@ class CLIPConfig:
     causal: bool = False
 
 
-TINY = dict(image_size=48, patch_size=12, projection_dim=96, hidden_act="gelu")
+TINY_TOWERS = TowerConfig(96, 3, 6, 384), TowerConfig(64, 2, 4, 256)
 PRESETS = {
     "ViT-B/16": CLIPConfig(),
-    "tiny": CLIPConfig(TowerConfig(96, 3, 6, 384), TowerConfig(64, 2, 4, 256), **TINY),
+    "tiny": CLIPConfig(*TINY_TOWERS, image_size=48, patch_size=12, projection_dim=96, hidden_act="gelu"),
 }
 
 # --- The model -------------------------------------------------------------------------------------------
@@ -89,14 +89,16 @@ PRESETS = {
 class Attention(nn.Module):
     """Multi-head attention: softmax(Q K^T / sqrt(D)) V in each of H heads (Vaswani et al. 2017, eq. 1).
 
-    Queries come from x (B, T', C). Keys and values come from context (B, T, C), which is x by default. The
-    result is (B, T', C). mask broadcasts to (B, H, T', T); where it is False, the attention weight is 0.
+    Queries come from x (B, T', C). Keys and values come from context (B, T, C), which is x by default: then
+    T' = T. The result is (B, T', C). mask broadcasts to (B, H, T', T); where it is False, the attention
+    weight is 0.
     """
 
     def __init__(self, config):
         super().__init__()
         self.num_heads = config.num_attention_heads
-        # Four Linears that lora.py can wrap. Inside nn.MultiheadAttention LoRA has no effect (peft #761).
+        # Four separate Linears. nn.MultiheadAttention uses the weights of its Linear without calling it, so a
+        # LoRA layer in its place would never run (peft #761).
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -113,7 +115,8 @@ class Attention(nn.Module):
 
 
 def quick_gelu(x):
-    """OpenAI's approximation of GELU. Weights for one lose accuracy with the other (open_clip #771)."""
+    """OpenAI's approximation of GELU. A model that was trained with one of the two is less accurate if it is
+    run with the other (open_clip #771)."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -136,7 +139,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: x (B, T', C) to (B, T', C). Attention and MLP each read a normed copy of x
     and add their result to x, so deep stacks train easily (Xiong et al. 2020, arXiv:2002.04745). x attends to
-    context (B, T, C), which is x by default."""
+    context (B, T, C), which is x by default. Only the last block has another context (see Encoder)."""
 
     def __init__(self, config, hidden_act):
         super().__init__()
@@ -146,9 +149,9 @@ class Block(nn.Module):
         self.mlp = MLP(config, hidden_act)
 
     def forward(self, x, mask=None, context=None):
+        # Under autocast on CUDA, LayerNorm returns fp32: .to() casts to the 16 bits of x.
         if context is not None:
-            context = self.layer_norm1(context).to(x.dtype)  # the same norm as x gets below
-        # On CUDA autocast returns norms in fp32: .to() makes them 16 bits again. Elsewhere it does nothing.
+            context = self.layer_norm1(context).to(x.dtype)
         x = x + self.self_attn(self.layer_norm1(x).to(x.dtype), mask, context)
         return x + self.mlp(self.layer_norm2(x).to(x.dtype))
 
@@ -162,7 +165,9 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, hidden_act) for _ in range(config.num_hidden_layers))
 
     def forward(self, x, pool_index, mask=None, pool_mask=None):
-        if torch.is_autocast_enabled(x.device.type):  # embeddings are fp32: 16 bits halve the memory traffic
+        # Autocast casts the inputs of matrix products, and leaves x, to which the blocks add, in fp32. In 16
+        # bits it takes half of the time to read and write.
+        if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for layer in self.layers[:-1]:
             x = layer(x, mask)
@@ -186,11 +191,11 @@ class VisionEmbeddings(nn.Module):
         self.patch_dropout = 0.0  # `train` sets it to the recipe's
 
     def forward(self, pixels):
-        B, _, height, width = pixels.shape
+        B, _, _, S = pixels.shape
         P = self.patch_embedding.kernel_size[0]
-        # A convolution with stride P is a Linear on each flattened patch, and as a Linear it is faster. It is
-        # a Conv2d for the name and the shape of its weight in released files.
-        patches = pixels.view(B, 3, height // P, P, width // P, P)
+        # A convolution with stride P is a Linear on each flattened patch, and as a Linear it is faster. The
+        # weight is in a Conv2d because released files have this shape.
+        patches = pixels.view(B, 3, S // P, P, S // P, P)
         patches = patches.permute(0, 2, 4, 1, 3, 5)  # (B, rows, columns, 3, P, P)
         patches = patches.reshape(B, -1, 3 * P * P)  # (B, T - 1, 3 P P)
         x = F.linear(patches, self.patch_embedding.weight.flatten(1))  # (B, T - 1, C)
@@ -248,8 +253,8 @@ class TextTransformer(nn.Module):
        end      x    x   x   x   .           x    x   x   x   .     <- the token that is pooled
        pad      x    x   x   x   .           x    x   x   x   x
 
-    In a causal tower the end token attends only to what precedes it, so it never sees padding and no padding
-    mask is needed (openai/CLIP #183).
+    In a causal tower the end token attends to itself and what precedes it. It never sees padding, so no
+    padding mask is needed (openai/CLIP #183).
     """
 
     def __init__(self, config):
@@ -260,21 +265,21 @@ class TextTransformer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.text.hidden_size)
 
     def forward(self, ids):
-        # argmax returns the first of several maxima. OpenAI's argmax over the ids themselves finds the end
-        # token only where it has the largest id (openai/CLIP #217).
+        # argmax returns the first of several maxima. OpenAI's code has ids.argmax(), which needs an end token
+        # with the largest id (openai/CLIP #217).
         end_index = (ids == self.eos_token_id).int().argmax(dim=-1)  # (B,)
         position = torch.arange(ids.shape[1], device=ids.device)  # (T,)
         end_mask = (position <= end_index[:, None])[:, None, None]  # (B, 1, 1, T): no key after the end
         causal_mask = position <= position[:, None]  # (T, T): no key after the query
         mask = causal_mask if self.causal else end_mask
-        # For the end token itself both masks are the same: the line `end` above.
+        # pool_mask: in the last block the end token is the only query. Its line is the same in both masks.
         x = self.encoder(self.embeddings(ids), end_index, mask, pool_mask=end_mask)
         return self.final_layer_norm(x)  # (B, C)
 
 
 class CLIP(nn.Module):
-    """Two towers and a temperature. `forward` and contrastive_loss are the paper's pseudo-code (figure 3), in
-    which I are photos, T captions, n is our B and t our logit_scale:
+    """Two towers and a temperature. `forward` and contrastive_loss are the paper's pseudo-code (figure 3). It
+    calls the photos I, the captions T, the batch size n and our logit_scale t:
 
     I_e, T_e = l2_normalize(image_encoder(I) @ W_i), l2_normalize(text_encoder(T) @ W_t)
     logits = (I_e @ T_e.T) * exp(t)
@@ -289,7 +294,6 @@ class CLIP(nn.Module):
         self.visual_projection = nn.Linear(config.vision.hidden_size, config.projection_dim, bias=False)
         self.text_projection = nn.Linear(config.text.hidden_size, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.empty(()))  # the logarithm of 1 / temperature
-        self.name_or_path = self.tokenizer_path = None  # set and read by finetune.py
         init_weights(self)
 
     def encode_image(self, pixels):
@@ -301,10 +305,10 @@ class CLIP(nn.Module):
         return F.normalize(self.text_projection(self.text_model(ids)).float(), dim=-1)
 
     def similarity(self, image_embeds, text_embeds):
-        """Logits (..., B, B') of unit vectors (..., B, E) and (..., B', E): their cosines times
-        exp(logit_scale). They are fp32, because bf16 would round a logit of 100 to steps of 0.5."""
+        """Logits (B, B) of unit vectors (B, E) and (B, E): their cosines times exp(logit_scale). Further
+        dimensions may come first. Logits are fp32, because bf16 would round 100 to steps of 0.5."""
         with torch.autocast(image_embeds.device.type, enabled=False):
-            return self.logit_scale.exp() * image_embeds @ text_embeds.mT
+            return self.logit_scale.exp() * (image_embeds @ text_embeds.mT)
 
     def forward(self, pixels, ids):
         """B photos and B captions to logits_per_image (B, B). Its transpose is logits_per_text."""
@@ -314,16 +318,17 @@ class CLIP(nn.Module):
 
 @torch.no_grad()
 def init_weights(model):
-    """OpenAI's initial values (openai/CLIP, initialize_parameters). Its values for text blocks are used for
-    the blocks of both towers. Biases are 0. Norms and the patch embedding keep PyTorch's defaults."""
+    """OpenAI's initial values (openai/CLIP, initialize_parameters), of which those for the blocks of the text
+    tower are used in both towers. Biases are 0. Norms and the patch embedding keep PyTorch's defaults."""
     for tower, config in ((model.vision_model, model.config.vision), (model.text_model, model.config.text)):
         C, L = config.hidden_size, config.num_hidden_layers
         # Each block adds to the residual stream twice, by out_proj and fc2. With the factor 1 / sqrt(2 L) the
         # variance of the stream does not grow with the number of blocks (GPT-2).
-        std = {"fc1": (2 * C) ** -0.5, "out_proj": (2 * L * C) ** -0.5, "fc2": (2 * L * C) ** -0.5}
+        std = {"q_proj": C**-0.5, "k_proj": C**-0.5, "v_proj": C**-0.5, "out_proj": (2 * L * C) ** -0.5}
+        std |= {"fc1": (2 * C) ** -0.5, "fc2": (2 * L * C) ** -0.5}
         for name, module in tower.encoder.named_modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=std.get(name.split(".")[-1], C**-0.5))  # q, k, v: C^-1/2
+                nn.init.normal_(module.weight, std=std[name.split(".")[-1]])
                 nn.init.zeros_(module.bias)
     vision, text = model.vision_model.embeddings, model.text_model.embeddings
     C_vision, C_text = model.config.vision.hidden_size, model.config.text.hidden_size
@@ -357,7 +362,7 @@ def contrastive_loss(logits_per_image):
     there means that nothing is learnt (open_clip #17).
     """
     labels = torch.arange(len(logits_per_image), device=logits_per_image.device)
-    logits_per_image = logits_per_image.float()  # also if a caller has them in 16 bits
+    logits_per_image = logits_per_image.float()  # does nothing to the logits of `similarity`
     loss_image = F.cross_entropy(logits_per_image, labels)
     loss_text = F.cross_entropy(logits_per_image.T, labels)
     return (loss_image + loss_text) / 2
@@ -369,21 +374,21 @@ def contrastive_loss(logits_per_image):
 def rank_of_best_match(queries, answers, query_index, answer_index):
     """Rank (Q,) of the best correct answer of each query, counted from 0; ties count against the model.
 
-    queries (Q, E) and answers (A, E) are embeddings. An answer with the query's image index is correct. A
-    query without a correct answer has rank infinity."""
+    queries (Q, E) and answers (A, E) are embeddings, query_index (Q,) and answer_index (A,) the numbers of
+    their photos. An answer with the query's number is correct. Without one, the rank is infinity."""
     similarity = queries @ answers.T  # (Q, A)
     correct = query_index[:, None] == answer_index
     best = similarity.masked_fill(~correct, -torch.inf).amax(dim=1, keepdim=True)
-    # `~(a < b)` rather than `a >= b`, which is False for NaN: NaN counts against the model too.
-    above = ~(similarity < best) & ~correct
-    return torch.where(correct.any(dim=1), above.sum(dim=1), torch.inf)
+    # Not `similarity >= best`, which is False for NaN: a broken model would have rank 0 everywhere.
+    not_below = ~(similarity < best) & ~correct
+    return torch.where(correct.any(dim=1), not_below.sum(dim=1), torch.inf)
 
 
 def recall_at_k(image_embeds, text_embeds, image_index, ks=(1, 5, 10)):
     """Retrieval recall as published for Flickr30k: {"t2i_r1": fraction, ..., "i2t_r1": fraction, ...}.
 
-    image_embeds (N, E), text_embeds (M, E); image_index (M,) is the row of the photo of each caption. Text to
-    image (t2i): the fraction of captions whose photo is among the k most similar photos. Image to text (i2t):
+    image_embeds (N, E), text_embeds (M, E); image_index[i] is the row of caption i's photo. Text to image
+    (t2i): the fraction of captions whose photo is among the k most similar photos. Image to text (i2t):
     the fraction of photos with any of their captions among the k most similar captions.
     """
     images = torch.arange(len(image_embeds), device=image_embeds.device)
@@ -395,9 +400,9 @@ def recall_at_k(image_embeds, text_embeds, image_index, ks=(1, 5, 10)):
 
 @torch.no_grad()
 def embed(model, split, batch_size=250):
-    """Embeddings of the photos (N, E) and the captions (M, E) of a split, with the model in eval mode. A
-    data.Split has take(rows, device), uint8 photos, and tokens(rows, device), token ids of captions. Photos
-    of validation and test are stored in the model's size, those of training with a margin."""
+    """Embeddings of the photos (N, E) and the captions (M, E) of a validation or test split, in eval mode.
+    split.take returns uint8 photos, and split.tokens returns token ids. Training photos don't fit, as they
+    are stored with a margin for random crops."""
     device, training = model.logit_scale.device, model.training
     model.eval()
     images, texts = [], []
@@ -412,15 +417,16 @@ def embed(model, split, batch_size=250):
 
 @torch.no_grad()
 def evaluate(model, split):
-    """Loss and recalls in percent: {"loss", "t2i_r1", ..., "i2t_r10"}. The loss is the mean over whole groups
-    of 64 photos, repeated with each of their five captions. Photos left over are skipped, and a split of
-    fewer than 64 photos is one group. For 64, chance is ln 64 = 4.159. The loss can rise from overconfidence
-    while recall still rises (open_clip #811)."""
+    """Loss and recalls in percent: {"loss", "t2i_r1", ..., "i2t_r10"}.
+
+    A loss depends on how many photos are compared. This one is the mean over whole groups of 64 photos (fewer
+    are one group), for which a guess has ln 64 = 4.159, and over five turns with different captions. It can
+    rise from overconfidence while recall still rises (open_clip #811)."""
     images, texts = embed(model, split)
     first, count = split.first_captions()  # (N,) each: index of a photo's first caption, number of captions
     size, losses = min(64, len(images)), []
     for turn in range(5):
-        captions = texts[first + turn % count]  # (N, E): a caption of each photo
+        captions = texts[first + (turn % count)]  # (N, E): a caption of each photo
         for start in range(0, len(images) - size + 1, size):
             logits = model.similarity(images[start : start + size], captions[start : start + size])
             losses.append(contrastive_loss(logits))
@@ -441,8 +447,8 @@ def describe(row):
 
 @dataclass
 class Recipe:
-    """How to train. The defaults are for a ViT-B/16 on some thousand photos. PLAIN turns off or weakens what
-    the recipe for few photos adds. Every setting is a flag. InputError for a value out of range."""
+    """How to train. The defaults are for a ViT-B/16 on some thousand photos. Every setting is a flag. A value
+    out of range raises InputError."""
 
     # Each setting has its default, its least and largest value, and its help text.
     epochs: int = data.setting(60, 1, 1e6, "epochs; the last incomplete batch of each is dropped")
@@ -466,8 +472,8 @@ class Recipe:
         data.check_settings(self)
 
 
-PLAIN = dict(muon=0, views=1, crop_scale=0.4, color_jitter=0.0, patch_dropout=0.0)
-PLAIN |= dict(texts=1, word_dropout=0.0)
+# The settings of plain CLIP: without the recipe for few photos, and with larger crops.
+PLAIN = dict(muon=0, views=1, crop_scale=0.4, color_jitter=0.0, patch_dropout=0.0, texts=1, word_dropout=0.0)
 DRAWN_RECIPE = Recipe(**(PLAIN | dict(epochs=8, warmup=0.5, weight_decay=0.3, muon=1)))
 
 
@@ -501,21 +507,21 @@ def make_batch(split, pairs, model, recipe):
     """
     config, device = model.config, model.logit_scale.device
     photos = split.take(pairs[:, 0], device)  # (B, height, width, 3) uint8
-    if photos.shape[1] > config.image_size:  # real photos are stored with a margin for random crops
+    if photos.shape[1] > config.image_size:  # photos have a margin for random crops
         pixels = data.augment(photos, config.image_size, recipe)
-    else:  # drawn scenes are not: a crop would make their "left" and "large" wrong
+    else:  # drawn scenes have none, as a crop would make "left" and "large" wrong: all views are the same
         pixels = data.normalize(photos).repeat_interleave(recipe.views, dim=0)
-    # cut: captions are cut to the same T in every batch. One in a thousand loses words.
+    # cut: T is the same in every batch, so the text tower is compiled once. One caption in 1,000 loses words.
     ids = split.tokens(pairs[:, 1:].flatten(), device, cut=True)
     return pixels, data.augment_captions(ids, config, recipe.word_dropout)
 
 
 def train_step(model, optimizers, scaler, pixels, ids, recipe, lr, seed):
     """One step on B photos (B, 3, S, S) and their captions (B, T). Returns the loss. `recipe` and `seed` are
-    there only because train_step_general, which takes its place for several crops or GPUs, needs them."""
+    not used: train_step_general, for several crops or GPUs, has the same parameters."""
     with autocast(pixels.device):
-        image_embeds, text_embeds = model.encode_image(pixels), model.encode_text(ids)  # (B, E) each
-    loss = contrastive_loss(model.similarity(image_embeds, text_embeds))
+        logits = model(pixels, ids)  # (B, B)
+    loss = contrastive_loss(logits)
     scaler.scale(loss).backward()  # the scaler changes nothing unless matrix products are in fp16
     update_weights(model, optimizers, scaler, lr)
     return loss.detach()
@@ -526,8 +532,8 @@ def update_weights(model, optimizers, scaler, lr):
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # one odd batch can't throw the model far
-    # On fp16 overflow skip both optimizers. The scaler would skip only the one that overflowed, and the other
-    # would step with gradients that clipping by an infinite norm has set to zero.
+    # If a gradient has overflowed in fp16, the norm is infinite, and clipping has set all finite gradients to
+    # 0. The scaler skips only the optimizer of the gradient that overflowed, so we skip both here.
     overflow = scaler.is_enabled() and not norm.isfinite()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -542,9 +548,9 @@ def update_weights(model, optimizers, scaler, lr):
 def train(model, splits, recipe, run_dir, resume=False, compile=False):
     """Train the parameters that require a gradient, in place. Returns (ema_model, history).
 
-    ema_model has the moving average of the weights, which is evaluated after each epoch and kept. history has
-    a row for each epoch. run_dir gets log.csv and checkpoint.pt, from which `resume` continues, for more
-    epochs too; on the CPU a resumed run is bit for bit the uninterrupted one.
+    ema_model is a copy with the moving average of the weights: evaluate and use this one. history has a row
+    for each epoch. run_dir gets log.csv and checkpoint.pt. `resume` continues from the checkpoint, with more
+    epochs if you like; on the CPU a resumed run is bit for bit the uninterrupted one.
     """
     split, B, device = splits["train"], recipe.batch_size, model.logit_scale.device
     steps_per_epoch = len(split.photos) // B
@@ -554,7 +560,7 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
     model.vision_model.embeddings.patch_dropout = recipe.patch_dropout
     optimizers = make_optimizers(model, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=autocast_dtype(device) == torch.float16)
-    # What is in the second argument is shared with the copy instead of copied: the frozen parameters.
+    # deepcopy does not copy what its second argument holds, so both models share the frozen parameters.
     ema_model = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad}).eval()
     settings = {"config": asdict(model.config), "recipe": asdict(recipe), "source": split.source}
     settings["data"] = [part.fingerprint() for part in splits.values()]
@@ -569,12 +575,13 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
         pairs = split.pairs(recipe.seed, epoch, recipe.texts)  # (N, 1 + K), in another order each epoch
         for i, batch in enumerate(pairs[: steps_per_epoch * B].split(B)):
             step = epoch * steps_per_epoch + i
-            # Crops and dropout depend on the seed, the step and the process alone, so that a run can resume.
-            seed = (recipe.seed << 40) + ((step * WORLD_SIZE + RANK) << 12)  # room for 4,096 micro-batches
+            # Each step and process has its own seed, so that a run can resume. train_step_general adds the
+            # number of the micro-batch, at most 4,095.
+            seed = recipe.seed * 2**40 + (step * WORLD_SIZE + RANK) * 2**12
             torch.manual_seed(seed)
             part = batch.chunk(WORLD_SIZE)[RANK]  # that of this process; with one GPU, all of it
             pixels, ids = make_batch(split, part, model, recipe)
-            # Constant after the warm-up. A decay would remove the noise of single steps, as update_ema does.
+            # Constant after the warm-up. It need not decay, as update_ema averages the noise of steps away.
             lr = recipe.lr * min(1, (step + 1) / max(1, recipe.warmup * steps_per_epoch))
             loss = step_function(model, optimizers, scaler, pixels, ids, recipe, lr, seed)
             update_ema(ema_model, model, step)
@@ -582,11 +589,13 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
             if (step + 1) % max(10, steps // 40) == 0:  # about 40 lines in a long run
                 text = f"epoch {epoch + 1:3d}/{recipe.epochs}  step {step + 1:6d}/{steps}"
                 text += f"  loss {loss.item():7.4f}  lr {lr:.2e}  scale {model.logit_scale.exp().item():6.2f}"
-                rate = (i + 1) / (time.perf_counter() - start)  # steps a second; .item() waited for the GPU
+                rate = (i + 1) / (
+                    time.perf_counter() - start
+                )  # steps a second, as .item() waited for the GPU
                 minutes = (steps - step - 1) / rate / 60
                 print(f"{text}  {rate * B:6,.0f} pairs/s  ETA {minutes:6.1f} min", flush=True)
 
-        # With several crops, train_loss is that between photos and captions, which has the chance ln B.
+        # train_loss is the photo-caption term of multiview_loss alone, for which a guess has ln B.
         row = {"epoch": epoch + 1, "train_loss": float(total) / steps_per_epoch, "train_chance": math.log(B)}
         row |= evaluate(ema_model, splits["val"])
         if not math.isfinite(row["train_loss"] + row["loss"]):
@@ -632,8 +641,8 @@ def load_checkpoint(run_dir):
     """The dictionary that save_run wrote, on the CPU. InputError if it can't be read."""
     try:  # with weights_only, torch.load runs no code
         state = torch.load(Path(run_dir) / "checkpoint.pt", map_location="cpu", weights_only=True)
-        if not {"config", "recipe", "data", "source", "ema_model", "model", "history"} <= set(state):
-            raise KeyError
+        for key in ("config", "recipe", "data", "source", "history", "ema_model", "model", "optimizers"):
+            state[key]  # a KeyError if it is missing
         return state
     except Exception as error:  # torch.load raises a dozen kinds
         message = f"{run_dir}/checkpoint.pt is missing, damaged or of an older version of this project"
@@ -653,7 +662,7 @@ def resume_run(run_dir, settings, model, ema_model, optimizers, scaler):
         before = (state["config"] | state["recipe"]).get(name)
         if before != value and name not in ("epochs", "micro_batch"):
             raise data.InputError(f"{run_dir} can't be resumed: {name} was {before} and is {value} now")
-    model.load_state_dict(state["model"], strict=False)
+    model.load_state_dict(state["model"], strict=False)  # a checkpoint has only the weights that are trained
     ema_model.load_state_dict(state["ema_model"], strict=False)
     if state["scaler"]:  # {} if the run was begun without fp16
         scaler.load_state_dict(state["scaler"])
@@ -664,32 +673,32 @@ def resume_run(run_dir, settings, model, ema_model, optimizers, scaler):
 
 
 # --- The recipe for few photos ---------------------------------------------------------------------------
-# A ViT-B/16 with the plain recipe learns the 6,000 photos of Flickr8k by heart. What helps is another start
-# of attention, an optimizer that learns faster, several crops and captions of each photo that never look the
-# same twice, and the moving average of the weights. The README has ablations.
+# A ViT-B/16 with the plain recipe learns the 6,000 photos of Flickr8k by heart. What helps is another
+# initialisation of attention, an optimizer that learns faster, several crops and captions of each photo that
+# never look the same twice, and the moving average of the weights. The README has ablations.
 
 
 @torch.no_grad()
 def init_mimetic(model):
-    """Let attention start as it ends in large trained models: K = Q, so each token attends to tokens like
-    itself, and out_proj is minus V transposed, so a block subtracts from a token the mean of those. Few
-    photos hardly teach this. It simplifies mimetic initialisation (Trockman & Kolter 2023,
-    arXiv:2305.09828)."""
+    """Let attention start as it ends in large trained models. The weights of k_proj resemble those of q_proj,
+    so a token attends to tokens like itself. Those of out_proj resemble those of v_proj, transposed and
+    negated, so the block subtracts from a token the mean of the tokens like it. A small data set hardly
+    teaches this. It simplifies mimetic initialisation (Trockman & Kolter 2023, arXiv:2305.09828)."""
     for tower in (model.vision_model, model.text_model):
         for block in tower.encoder.layers:
             attention = block.self_attn
             attention.k_proj.weight.copy_(attention.q_proj.weight)
             ratio = attention.out_proj.weight.std() / attention.v_proj.weight.std()
-            attention.out_proj.weight.copy_(-ratio * attention.v_proj.weight.T)  # as large as it was
+            attention.out_proj.weight.copy_(-ratio * attention.v_proj.weight.T)  # with its former std
 
 
 def orthogonalize(x):
     """Set all singular values of the matrices x (n, rows, columns) near 1: five Newton-Schulz steps with
-    coefficients chosen for speed (Jordan 2024, kellerjordan.github.io/posts/muon)."""
-    if x.shape[1] > x.shape[2]:
+    coefficients for fast convergence (Jordan 2024, kellerjordan.github.io/posts/muon)."""
+    if x.shape[1] > x.shape[2]:  # gram should have the shorter side
         return orthogonalize(x.mT).mT
     x = x.bfloat16() if x.is_cuda else x  # on most CPUs bf16 is emulated, 20 times slower than fp32
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values must be at most 1
     for _ in range(5):
         gram = x @ x.mT  # (n, rows, rows)
         # x = (3.4445 I - 4.7750 gram + 2.0315 gram gram) x
@@ -700,9 +709,10 @@ def orthogonalize(x):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose singular values are set near 1, with steps as large as AdamW's (Liu et al. 2025,
-    arXiv:2502.16982). It equals torch.optim.Muon ("match_rms_adamw"), but matrices of one shape are
-    stacked: one by one, the 144 matrices of ViT-B/16 would make a step on an H100 nearly twice as long."""
+    """SGD with momentum for matrices, with all singular values of an update set near 1, so that directions
+    which gradients rarely have are learnt as fast as frequent ones (Liu et al. 2025, arXiv:2502.16982). It
+    equals torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), but stacks the matrices of one shape: one by one,
+    the 144 matrices of ViT-B/16 would make a step on an H100 nearly twice as long."""
 
     def __init__(self, matrices, lr, weight_decay, momentum=0.95):
         by_shape = {}
@@ -719,11 +729,12 @@ class Muon(torch.optim.Optimizer):
             state = self.state[matrices[0]]  # one momentum buffer for the whole stack
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(gradients)
-            # The buffer averages the gradients. Nesterov's momentum then mixes it with the newest ones again.
+            # The buffer averages the gradients. Nesterov momentum mixes the newest ones in once more.
             buffer = state["momentum_buffer"].lerp_(gradients, 1 - momentum)
             updates = orthogonalize(gradients.lerp(buffer, momentum)).float()
             torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
-            # The factor gives updates the root mean square that AdamW's usually have, 0.2.
+            # An orthogonal matrix has a root mean square of longer side^-1/2. The updates get 0.2, as AdamW's
+            # usually have.
             torch._foreach_add_(matrices, updates.unbind(), alpha=-lr * 0.2 * max(matrices[0].shape) ** 0.5)
 
 
@@ -740,7 +751,8 @@ def multiview_loss(model, image_embeds, text_embeds):
         return (F.cross_entropy(rows, labels) + F.cross_entropy(columns, labels)) / 2
 
     crops, captions = image_embeds.unbind(1), text_embeds.unbind(1)  # V and K times (B, E)
-    loss = photo_caption = mean_loss(product(crops, captions))
+    photo_caption = mean_loss(product(crops, captions))
+    loss = photo_caption
     if len(crops) > 1:
         loss = loss + mean_loss(combinations(crops, 2))
     if len(captions) > 1:
@@ -750,9 +762,8 @@ def multiview_loss(model, image_embeds, text_embeds):
 
 @torch.no_grad()
 def update_ema(ema_model, model, step):
-    """ema = decay ema + (1 - decay) weights, which removes the noise of single steps. The decay
-    (1 + step) / (4 + step) grows with the run: the weights in the average are on average a quarter of the run
-    old, so the random start is soon forgotten."""
+    """ema = ema + (weights - ema) 3 / (4 + step): a moving average, which removes the noise of single steps.
+    It reaches back further as the run grows: its weights have a mean age of a quarter of the run so far."""
     averages = [p for p in ema_model.parameters() if p.requires_grad]
     weights = [p for p in model.parameters() if p.requires_grad]
     torch._foreach_lerp_(averages, weights, 3 / (4 + step))
@@ -776,7 +787,7 @@ def train_step_general(model, optimizers, scaler, pixels, ids, recipe, lr, seed=
     3. Encode each micro-batch again, now with activations, and backpropagate its part of that gradient.
 
     This is gradient caching (Gao et al. 2021, arXiv:2101.06983): the gradient is that of the whole batch."""
-    size = recipe.micro_batch or len(pixels)
+    size = recipe.micro_batch or len(pixels) // recipe.views
     pixel_parts, id_parts = pixels.split(size * recipe.views), ids.split(size * recipe.texts)
     is_cached = len(pixel_parts) > 1
 
@@ -792,8 +803,8 @@ def train_step_general(model, optimizers, scaler, pixels, ids, recipe, lr, seed=
     if is_cached:
         image_embeds.requires_grad_()
         text_embeds.requires_grad_()
-        # Add up gradients in buffers of our own. PyTorch could otherwise keep the output of a CUDA graph as
-        # p.grad, and the next replay would overwrite it.
+        # Let gradients add up in zeros. If p.grad were None, PyTorch would store the output buffer of a CUDA
+        # graph (see `graphed`) as p.grad, and the next micro-batch would overwrite it.
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
     loss, photo_caption = multiview_loss(model, gather_rows(image_embeds), gather_rows(text_embeds))
@@ -805,8 +816,8 @@ def train_step_general(model, optimizers, scaler, pixels, ids, recipe, lr, seed=
             # The gradient of this sum, with the gradients held fixed, is that of the loss (chain rule).
             ((images * image_grads[i]).sum() + (texts * text_grads[i]).sum()).backward()
     if WORLD_SIZE > 1:
-        # All processes compute the same loss. With two, the backward pass of gather_rows returns each row's
-        # gradient from both, twice the right one, and the mean over the processes divides by two.
+        # All processes compute the same loss, and the backward pass of gather_rows adds up the gradients that
+        # they have for a row. These are WORLD_SIZE times too large; the mean over processes is right.
         for p in model.parameters():
             if p.grad is not None:
                 dist.all_reduce(p.grad)
@@ -824,7 +835,8 @@ def open_device(name):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if WORLD_SIZE > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))  # process 0 may decode photos for long
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, process 0 prints for all
     return device
@@ -842,33 +854,34 @@ def autocast_dtype(device):
 
 
 def autocast(device):
-    """The context of forward passes. CUDA graphs forbid the cache of cast weights."""
+    """The context of forward passes. Autocast's cache of 16-bit weights does not work with CUDA graphs."""
     dtype = autocast_dtype(device)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
 
 
 def compile_model(model):
-    """Compile the blocks of both towers, and replay each tower as a CUDA graph: one call starts the thousand
-    kernels of a pass, which Python would start more slowly than the GPU runs them. The last block, which has
-    another shape, and the embeddings take longer to compile than a short run gains."""
-    gc.collect()  # free the graphs of an earlier model
+    """Compile the blocks of both towers, except for the last, which has another shape, and record each tower
+    as a CUDA graph: without one, the GPU waits for Python, which starts about a thousand kernels in a pass.
+    The recorded towers stay in training mode, so evaluate a copy made before, such as ema_model."""
+    gc.collect()  # free the graphs of a model that this process trained before
     torch._dynamo.reset()
-    torch._dynamo.config.recompile_limit = 64  # one version for each shape
-    torch._inductor.config.fallback_random = True  # PyTorch's own dropout, in LoRA, is faster
+    torch._dynamo.config.recompile_limit = 64  # all blocks share one function, with a version for each shape
+    torch._inductor.config.fallback_random = True  # PyTorch's dropout (in LoRA) is faster than Inductor's
     for tower in (model.vision_model, model.text_model):
         for block in tower.encoder.layers[:-1]:
             block.compile(dynamic=False)
-        tower.forward = graphed(copy.copy(tower))  # a copy, which keeps the former forward function
+        tower.forward = graphed(copy.copy(tower))
 
 
 def graphed(tower):
-    """A forward function for training that records a CUDA graph for each new shape of x, then replays it."""
+    """A forward function that records a CUDA graph of the tower for each new shape of x, then replays it. It
+    will replace tower.forward, and make_graphed_callables replaces that of the module that it records. So
+    each gets a shallow copy, which shares the weights. The clone of x becomes the graph's input buffer."""
     graphs, pool = {}, torch.cuda.graph_pool_handle()
 
     def forward(x):
         if x.shape not in graphs:
-            # Recording draws random numbers. They are put back, so that a run does not depend on it.
-            # PyTorch replaces the forward function of the module that it records: another copy.
+            # Recording draws random numbers. fork_rng puts them back, so that a run does not depend on it.
             with torch.enable_grad(), torch.random.fork_rng([x.device]):
                 graphs[x.shape] = torch.cuda.make_graphed_callables(copy.copy(tower), (x.clone(),), pool=pool)
         return graphs[x.shape](x)
@@ -891,8 +904,8 @@ def open_data(args, device, tokenizer, config):
         dist.barrier()  # let the others read what is decoded
     photos = len(splits["train"].photos)
     if args.batch_size > photos or args.batch_size % WORLD_SIZE:
-        most = photos // WORLD_SIZE * WORLD_SIZE
-        raise data.InputError(f"--batch-size {args.batch_size} does not fit {photos} photos: try {most}")
+        needed = f"{photos}, the number of photos, and a multiple of {WORLD_SIZE}, the number of GPUs"
+        raise data.InputError(f"--batch-size must be at most {needed}")
     for name, split in splits.items():
         print(f"{name:10s}{len(split.photos):,} photos, {len(split.captions):,} captions")
         split.place(device)
@@ -917,7 +930,7 @@ def parse_args(argv):
     parser.add_argument("--init", choices=("mimetic", "openai"), default="mimetic", help="initial attention")
     tokenizer = "openai/clip-vit-base-patch16"
     parser.add_argument("--tokenizer", default=tokenizer, help="hub name, folder, or `train` to train one")
-    parser.add_recipe(Recipe())  # and --data, --out, --resume, ...
+    parser.add_recipe(Recipe())  # and --data, --captions, --photos, --out, --resume, --device, --compile
     if parser.parse_known_args(argv)[0].data in data.DRAWN:  # drawn worlds have defaults of their own
         drawn = {"model": "tiny", "text": "causal", "init": "openai", "tokenizer": "train"}
         parser.set_defaults(**drawn, **asdict(DRAWN_RECIPE))
@@ -937,7 +950,8 @@ def run(args):
         with data.atomic(args.out / "tokenizer") as temporary:
             tokenizer.save_pretrained(temporary)
     torch.manual_seed(recipe.seed)  # the same weights in every process
-    model = CLIP(replace(config, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)).to(device)
+    config = replace(config, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    model = CLIP(config).to(device)
     if args.init == "mimetic":
         init_mimetic(model)
     print_start(model, splits, recipe, device)

@@ -128,7 +128,7 @@ def check_tokenizer(model, tokenizer):
 
 def tokenizer_of(model):
     """The tokenizer of a model that from_pretrained returned."""
-    tokenizer = data.load_tokenizer(model.tokenizer_path)
+    tokenizer = data.load_tokenizer(getattr(model, "tokenizer_path", None))
     check_tokenizer(model, tokenizer)
     return tokenizer
 

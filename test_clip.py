@@ -1661,7 +1661,7 @@ BAD = (
     (lambda: Path(PHOTO).write_bytes(b"x"), "clip", "", f"{PHOTO} can't be read"),
     (lambda: os.truncate(PHOTO, 2000), "clip", "", f"{PHOTO} can't be read"),
     (lambda: Image.new("I;16", (9, 9)).save(PHOTO, "PNG"), "clip", "", f"{PHOTO} can't be read (it has more"),
-    (None, "clip", "--batch-size 31", "--batch-size 31 does not fit 30 photos: try 30"),
+    (None, "clip", "--batch-size 31", "--batch-size must be at most 30, the number of photos"),
     (None, "clip", "--lr nan", "--lr nan is not between"),
     (None, "clip", "--epoch 3", "unrecognized arguments: --epoch"),
     (None, "clip", "--device cuda:99", "--device cuda:99 can't be used here"),
