@@ -89,16 +89,16 @@ PRESETS = {
 class Attention(nn.Module):
     """Multi-head attention: softmax(Q K^T / sqrt(D)) V in each of H heads (Vaswani et al. 2017, eq. 1).
 
-    Queries come from x (B, T', C). Keys and values come from context (B, T, C), which is x by default: then
-    T' = T. The result is (B, T', C). mask broadcasts to (B, H, T', T); where it is False, the attention
-    weight is 0.
+    Queries come from x (B, T', C), keys and values from context (B, T, C). The result is (B, T', C). context
+    is x, except in the last block, where x is a single token (see Encoder). mask broadcasts to (B, H, T', T);
+    where it is False, the attention weight is 0.
     """
 
     def __init__(self, config):
         super().__init__()
         self.num_heads = config.num_attention_heads
-        # Four separate Linears. nn.MultiheadAttention uses the weights of its Linear without calling it, so a
-        # LoRA layer in its place would never run (peft #761).
+        # Four Linears, each of which LoRA can replace. nn.MultiheadAttention would use its Linear's weights
+        # without calling it, so a LoRA layer in its place would never run (peft #761).
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -137,9 +137,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x (B, T', C) to (B, T', C). Attention and MLP each read a normed copy of x
-    and add their result to x, so deep stacks train easily (Xiong et al. 2020, arXiv:2002.04745). x attends to
-    context (B, T, C), which is x by default. Only the last block has another context (see Encoder)."""
+    """Pre-norm transformer block: x (B, T', C) to (B, T', C), with a context as in Attention. Attention and
+    MLP each read a normed copy of x and add their result to x, so deep stacks train easily (Xiong et al.
+    2020, arXiv:2002.04745)."""
 
     def __init__(self, config, hidden_act):
         super().__init__()
@@ -149,7 +149,7 @@ class Block(nn.Module):
         self.mlp = MLP(config, hidden_act)
 
     def forward(self, x, mask=None, context=None):
-        # Under autocast on CUDA, LayerNorm returns fp32: .to() casts to the 16 bits of x.
+        # x has 16 bits under autocast (see Encoder), but LayerNorm returns fp32. Cast once for q, k and v.
         if context is not None:
             context = self.layer_norm1(context).to(x.dtype)
         x = x + self.self_attn(self.layer_norm1(x).to(x.dtype), mask, context)
@@ -157,16 +157,16 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A stack of blocks, x (B, T, C) to (B, C). The result is the output of the last block at one token of
-    each example: pool_index (B,) is its position, and pool_mask the mask for this one query."""
+    """A stack of blocks, x (B, T, C) to (B, C). Returns the last block's output at one position of each
+    example, pool_index (B,) or one number for all. pool_mask is the mask of the query there."""
 
     def __init__(self, config, hidden_act):
         super().__init__()
         self.layers = nn.ModuleList(Block(config, hidden_act) for _ in range(config.num_hidden_layers))
 
     def forward(self, x, pool_index, mask=None, pool_mask=None):
-        # Autocast casts the inputs of matrix products, and leaves x, to which the blocks add, in fp32. In 16
-        # bits it takes half of the time to read and write.
+        # Autocast would keep x in fp32 between the blocks. In 16 bits it is read and written in half the
+        # time.
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for layer in self.layers[:-1]:
@@ -223,8 +223,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, pixels):
         x = self.pre_layrnorm(self.embeddings(pixels))  # (B, T, C)
-        class_index = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)  # the class token is first
-        return self.post_layernorm(self.encoder(x, class_index))  # (B, C)
+        return self.post_layernorm(self.encoder(x, pool_index=0))  # (B, C): the class token is first
 
 
 class TextEmbeddings(nn.Module):
@@ -305,8 +304,8 @@ class CLIP(nn.Module):
         return F.normalize(self.text_projection(self.text_model(ids)).float(), dim=-1)
 
     def similarity(self, image_embeds, text_embeds):
-        """Logits (B, B) of unit vectors (B, E) and (B, E): their cosines times exp(logit_scale). Further
-        dimensions may come first. Logits are fp32, because bf16 would round 100 to steps of 0.5."""
+        """Logits (B, B) of unit vectors (B, E) and (B, E): their cosines times exp(logit_scale). Leading
+        batch dimensions are allowed. Logits are fp32, because near 100 bf16 has steps of 0.5."""
         with torch.autocast(image_embeds.device.type, enabled=False):
             return self.logit_scale.exp() * (image_embeds @ text_embeds.mT)
 
@@ -318,8 +317,9 @@ class CLIP(nn.Module):
 
 @torch.no_grad()
 def init_weights(model):
-    """OpenAI's initial values (openai/CLIP, initialize_parameters), of which those for the blocks of the text
-    tower are used in both towers. Biases are 0. Norms and the patch embedding keep PyTorch's defaults."""
+    """OpenAI's initial values (openai/CLIP, initialize_parameters). OpenAI sets only the blocks of the text
+    tower like this; we set those of both. Our biases start at 0. Norms and the patch embedding keep PyTorch's
+    defaults."""
     for tower, config in ((model.vision_model, model.config.vision), (model.text_model, model.config.text)):
         C, L = config.hidden_size, config.num_hidden_layers
         # Each block adds to the residual stream twice, by out_proj and fc2. With the factor 1 / sqrt(2 L) the
@@ -362,7 +362,7 @@ def contrastive_loss(logits_per_image):
     there means that nothing is learnt (open_clip #17).
     """
     labels = torch.arange(len(logits_per_image), device=logits_per_image.device)
-    logits_per_image = logits_per_image.float()  # does nothing to the logits of `similarity`
+    logits_per_image = logits_per_image.float()  # for callers with logits in 16 bits
     loss_image = F.cross_entropy(logits_per_image, labels)
     loss_text = F.cross_entropy(logits_per_image.T, labels)
     return (loss_image + loss_text) / 2
@@ -374,8 +374,9 @@ def contrastive_loss(logits_per_image):
 def rank_of_best_match(queries, answers, query_index, answer_index):
     """Rank (Q,) of the best correct answer of each query, counted from 0; ties count against the model.
 
-    queries (Q, E) and answers (A, E) are embeddings, query_index (Q,) and answer_index (A,) the numbers of
-    their photos. An answer with the query's number is correct. Without one, the rank is infinity."""
+    queries (Q, E) and answers (A, E) are embeddings. query_index (Q,) and answer_index (A,) say to which
+    photo each belongs. An answer is correct if it belongs to the query's photo; if none is, the rank is
+    infinity."""
     similarity = queries @ answers.T  # (Q, A)
     correct = query_index[:, None] == answer_index
     best = similarity.masked_fill(~correct, -torch.inf).amax(dim=1, keepdim=True)
@@ -400,9 +401,8 @@ def recall_at_k(image_embeds, text_embeds, image_index, ks=(1, 5, 10)):
 
 @torch.no_grad()
 def embed(model, split, batch_size=250):
-    """Embeddings of the photos (N, E) and the captions (M, E) of a validation or test split, in eval mode.
-    split.take returns uint8 photos, and split.tokens returns token ids. Training photos don't fit, as they
-    are stored with a margin for random crops."""
+    """Embeddings of the photos (N, E) and the captions (M, E) of a split, in eval mode. It is not for
+    training photos, which are stored with a margin for crops and so are larger than image_size."""
     device, training = model.logit_scale.device, model.training
     model.eval()
     images, texts = [], []
@@ -419,9 +419,9 @@ def embed(model, split, batch_size=250):
 def evaluate(model, split):
     """Loss and recalls in percent: {"loss", "t2i_r1", ..., "i2t_r10"}.
 
-    A loss depends on how many photos are compared. This one is the mean over whole groups of 64 photos (fewer
-    are one group), for which a guess has ln 64 = 4.159, and over five turns with different captions. It can
-    rise from overconfidence while recall still rises (open_clip #811)."""
+    A loss depends on how many photos are compared. This one is computed in groups of 64, in which a guess has
+    ln 64 = 4.159, five times with different captions, and averaged. An incomplete last group is dropped. The
+    loss can rise from overconfidence while recall still rises (open_clip #811)."""
     images, texts = embed(model, split)
     first, count = split.first_captions()  # (N,) each: index of a photo's first caption, number of captions
     size, losses = min(64, len(images)), []
@@ -478,7 +478,7 @@ DRAWN_RECIPE = Recipe(**(PLAIN | dict(epochs=8, warmup=0.5, weight_decay=0.3, mu
 
 
 def make_optimizers(model, recipe):
-    """[AdamW] with OpenAI's betas, or [Muon, AdamW] if Muon, defined below, has the matrices of the blocks.
+    """[AdamW] with OpenAI's betas. With recipe.muon, [Muon, AdamW]: Muon updates the matrices of the blocks.
 
     Weight decay pulls towards zero. That is a sensible prior for the matrices of Linears and of LoRA, but not
     for norms, biases, the logit scale and (unlike in the paper) embeddings."""
@@ -532,8 +532,8 @@ def update_weights(model, optimizers, scaler, lr):
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # one odd batch can't throw the model far
-    # If a gradient has overflowed in fp16, the norm is infinite, and clipping has set all finite gradients to
-    # 0. The scaler skips only the optimizer of the gradient that overflowed, so we skip both here.
+    # After an overflow in fp16 no gradient is usable: clipping by an infinite norm makes them 0. The scaler
+    # would skip only the optimizer of the gradient that overflowed, so skip both here.
     overflow = scaler.is_enabled() and not norm.isfinite()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -575,13 +575,13 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
         pairs = split.pairs(recipe.seed, epoch, recipe.texts)  # (N, 1 + K), in another order each epoch
         for i, batch in enumerate(pairs[: steps_per_epoch * B].split(B)):
             step = epoch * steps_per_epoch + i
-            # Each step and process has its own seed, so that a run can resume. train_step_general adds the
-            # number of the micro-batch, at most 4,095.
+            # Seed, step, process and (in train_step_general) micro-batch in one number: a resumed run draws
+            # the same crops and dropout.
             seed = recipe.seed * 2**40 + (step * WORLD_SIZE + RANK) * 2**12
             torch.manual_seed(seed)
             part = batch.chunk(WORLD_SIZE)[RANK]  # that of this process; with one GPU, all of it
             pixels, ids = make_batch(split, part, model, recipe)
-            # Constant after the warm-up. It need not decay, as update_ema averages the noise of steps away.
+            # Constant after the warm-up. It need not decay, since update_ema averages out the noise of steps.
             lr = recipe.lr * min(1, (step + 1) / max(1, recipe.warmup * steps_per_epoch))
             loss = step_function(model, optimizers, scaler, pixels, ids, recipe, lr, seed)
             update_ema(ema_model, model, step)
@@ -589,23 +589,20 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
             if (step + 1) % max(10, steps // 40) == 0:  # about 40 lines in a long run
                 text = f"epoch {epoch + 1:3d}/{recipe.epochs}  step {step + 1:6d}/{steps}"
                 text += f"  loss {loss.item():7.4f}  lr {lr:.2e}  scale {model.logit_scale.exp().item():6.2f}"
-                rate = (i + 1) / (
-                    time.perf_counter() - start
-                )  # steps a second, as .item() waited for the GPU
+                seconds = time.perf_counter() - start  # loss.item() above has waited for the GPU
+                rate = (i + 1) / seconds
                 minutes = (steps - step - 1) / rate / 60
                 print(f"{text}  {rate * B:6,.0f} pairs/s  ETA {minutes:6.1f} min", flush=True)
 
-        # train_loss is the photo-caption term of multiview_loss alone, for which a guess has ln B.
+        # train_loss is that of photos and captions only, for which a guess has ln B.
         row = {"epoch": epoch + 1, "train_loss": float(total) / steps_per_epoch, "train_chance": math.log(B)}
         row |= evaluate(ema_model, splits["val"])
         if not math.isfinite(row["train_loss"] + row["loss"]):
             raise data.InputError("the loss is not finite: start a new run with a lower --lr")
         row["minutes"] = (time.perf_counter() - start) / 60 + (history[-1]["minutes"] if history else 0)
         history.append(row)
-        print(
-            f"epoch {epoch + 1:3d}/{recipe.epochs}  train {row['train_loss']:.4f}  val {describe(row)}",
-            flush=True,
-        )
+        text = f"epoch {epoch + 1:3d}/{recipe.epochs}  train {row['train_loss']:.4f}  val {describe(row)}"
+        print(text, flush=True)
         if RANK == 0 and (epoch + 1 == recipe.epochs or time.perf_counter() - saved > SAVE_SECONDS):
             save_run(run_dir, settings, history, model, ema_model, optimizers, scaler)
             saved = time.perf_counter()
@@ -641,8 +638,9 @@ def load_checkpoint(run_dir):
     """The dictionary that save_run wrote, on the CPU. InputError if it can't be read."""
     try:  # with weights_only, torch.load runs no code
         state = torch.load(Path(run_dir) / "checkpoint.pt", map_location="cpu", weights_only=True)
-        for key in ("config", "recipe", "data", "source", "history", "ema_model", "model", "optimizers"):
-            state[key]  # a KeyError if it is missing
+        keys = {"config", "recipe", "data", "source", "history", "ema_model", "model", "optimizers", "scaler"}
+        if not keys <= state.keys():
+            raise KeyError
         return state
     except Exception as error:  # torch.load raises a dozen kinds
         message = f"{run_dir}/checkpoint.pt is missing, damaged or of an older version of this project"
@@ -661,7 +659,8 @@ def resume_run(run_dir, settings, model, ema_model, optimizers, scaler):
     for name, value in (settings["config"] | settings["recipe"]).items():
         before = (state["config"] | state["recipe"]).get(name)
         if before != value and name not in ("epochs", "micro_batch"):
-            raise data.InputError(f"{run_dir} can't be resumed: {name} was {before} and is {value} now")
+            difference = f"{name} was {before} and is {value} now"
+            raise data.InputError(f"{run_dir} can't be resumed: {difference}. Give another --out")
     model.load_state_dict(state["model"], strict=False)  # a checkpoint has only the weights that are trained
     ema_model.load_state_dict(state["ema_model"], strict=False)
     if state["scaler"]:  # {} if the run was begun without fp16
@@ -697,7 +696,8 @@ def orthogonalize(x):
     coefficients for fast convergence (Jordan 2024, kellerjordan.github.io/posts/muon)."""
     if x.shape[1] > x.shape[2]:  # gram should have the shorter side
         return orthogonalize(x.mT).mT
-    x = x.bfloat16() if x.is_cuda else x  # on most CPUs bf16 is emulated, 20 times slower than fp32
+    if autocast_dtype(x.device) == torch.bfloat16:  # elsewhere bf16 is emulated, 20 times slower than fp32
+        x = x.bfloat16()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values must be at most 1
     for _ in range(5):
         gram = x @ x.mT  # (n, rows, rows)
@@ -733,8 +733,8 @@ class Muon(torch.optim.Optimizer):
             buffer = state["momentum_buffer"].lerp_(gradients, 1 - momentum)
             updates = orthogonalize(gradients.lerp(buffer, momentum)).float()
             torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
-            # An orthogonal matrix has a root mean square of longer side^-1/2. The updates get 0.2, as AdamW's
-            # usually have.
+            # Scale the updates to a root mean square of 0.2, as AdamW's usually have. That of an orthogonal
+            # matrix is one over the root of its longer side.
             torch._foreach_add_(matrices, updates.unbind(), alpha=-lr * 0.2 * max(matrices[0].shape) ** 0.5)
 
 
@@ -780,7 +780,8 @@ def gather_rows(x):
 
 def train_step_general(model, optimizers, scaler, pixels, ids, recipe, lr, seed=0):
     """train_step for V crops (B V, 3, S, S) and K captions (B K, T) of each photo, micro-batches and several
-    processes. The loss compares all pairs of all processes, but a GPU encodes micro_batch photos at once:
+    processes. The loss compares all pairs of all processes, but a GPU encodes only micro_batch photos at a
+    time:
 
     1. Encode all micro-batches without keeping activations.
     2. Compute the loss of all embeddings, and its gradient with respect to each embedding.
@@ -803,8 +804,8 @@ def train_step_general(model, optimizers, scaler, pixels, ids, recipe, lr, seed=
     if is_cached:
         image_embeds.requires_grad_()
         text_embeds.requires_grad_()
-        # Let gradients add up in zeros. If p.grad were None, PyTorch would store the output buffer of a CUDA
-        # graph (see `graphed`) as p.grad, and the next micro-batch would overwrite it.
+        # Start from zero gradients, not None. With None, PyTorch would keep the output buffer of a CUDA graph
+        # (see `graphed`) as p.grad, and the next replay would overwrite it.
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
     loss, photo_caption = multiview_loss(model, gather_rows(image_embeds), gather_rows(text_embeds))
@@ -813,11 +814,11 @@ def train_step_general(model, optimizers, scaler, pixels, ids, recipe, lr, seed=
         image_grads, text_grads = image_embeds.grad.split(size), text_embeds.grad.split(size)
         for i in range(len(pixel_parts)):
             images, texts = encode(i)
-            # The gradient of this sum, with the gradients held fixed, is that of the loss (chain rule).
+            # By the chain rule, this sum has the same gradient with respect to the weights as the loss.
             ((images * image_grads[i]).sum() + (texts * text_grads[i]).sum()).backward()
     if WORLD_SIZE > 1:
-        # All processes compute the same loss, and the backward pass of gather_rows adds up the gradients that
-        # they have for a row. These are WORLD_SIZE times too large; the mean over processes is right.
+        # Each process has the same loss, so gather_rows makes the gradients WORLD_SIZE times too large. Take
+        # the mean over processes instead of the sum.
         for p in model.parameters():
             if p.grad is not None:
                 dist.all_reduce(p.grad)
@@ -846,8 +847,8 @@ def open_device(name):
 
 
 def autocast_dtype(device):
-    """The type of matrix products: on CUDA bf16, which has the range of fp32, or fp16 on cards without it
-    (T4, P100), where the loss must be scaled (openai/CLIP #40). Elsewhere fp32."""
+    """The type of matrix products: bf16 on CUDA. Cards without it (T4, P100) have fp16, with a smaller range,
+    so the loss must be scaled (openai/CLIP #40). Elsewhere it is fp32."""
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
@@ -860,9 +861,9 @@ def autocast(device):
 
 
 def compile_model(model):
-    """Compile the blocks of both towers, except for the last, which has another shape, and record each tower
-    as a CUDA graph: without one, the GPU waits for Python, which starts about a thousand kernels in a pass.
-    The recorded towers stay in training mode, so evaluate a copy made before, such as ema_model."""
+    """Compile the blocks of both towers, and record each tower as a CUDA graph: without one, the GPU waits
+    for Python, which starts about a thousand kernels in a pass. The last block has little work, so it is not
+    compiled. The recorded towers stay in training mode: evaluate a copy made before, such as ema_model."""
     gc.collect()  # free the graphs of a model that this process trained before
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 64  # all blocks share one function, with a version for each shape
@@ -870,13 +871,13 @@ def compile_model(model):
     for tower in (model.vision_model, model.text_model):
         for block in tower.encoder.layers[:-1]:
             block.compile(dynamic=False)
-        tower.forward = graphed(copy.copy(tower))
+        tower.forward = graphed(copy.copy(tower))  # the copy keeps the forward function of now
 
 
 def graphed(tower):
-    """A forward function that records a CUDA graph of the tower for each new shape of x, then replays it. It
-    will replace tower.forward, and make_graphed_callables replaces that of the module that it records. So
-    each gets a shallow copy, which shares the weights. The clone of x becomes the graph's input buffer."""
+    """A forward function that records a CUDA graph of the tower for each new shape of x, then replays it.
+    make_graphed_callables overwrites the forward function of what it records, so it gets a shallow copy,
+    which shares the weights. The clone of x becomes the graph's input buffer."""
     graphs, pool = {}, torch.cuda.graph_pool_handle()
 
     def forward(x):
@@ -942,7 +943,7 @@ def parse_args(argv):
 def run(args):
     recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
     device = open_device(args.device)
-    if device.type == "cpu" and args.model == "ViT-B/16" and not recipe.micro_batch:
+    if device.type == "cpu" and args.model == "ViT-B/16" and not recipe.micro_batch:  # memory for 128 photos
         raise data.InputError("ViT-B/16 needs a GPU: add --model tiny --tokenizer train, or --micro-batch 8")
     config = replace(PRESETS[args.model], causal=args.text == "causal")
     splits, tokenizer = open_data(args, device, args.tokenizer, config)

@@ -2,8 +2,8 @@
 two drawn worlds, `shapes` and `sketches`.
 
 `load` returns splits. A Split holds its photos as one uint8 array and its captions as token ids, so a batch
-is two look-ups and an `augment` on the GPU, without worker processes. Shapes: a split has N photos and M
-captions; a batch has B photos with V crops of each; photos have S x S pixels; captions have T tokens.
+is two look-ups and an `augment` on the GPU, without worker processes. The letters in the shapes of tensors: N
+photos and M captions in a split; B photos in a batch, with V crops of each; S x S pixels; T tokens.
 """
 
 import argparse
@@ -63,20 +63,22 @@ class Split:
     source: str = ""  # the name that `load` was given
 
     def first_captions(self):
-        """(first, count), both (N,): the row of each photo's first caption, and its number of captions."""
+        """(first, count), (N,) each: the row of a photo's first caption, and how many captions the photo
+        has."""
         count = self.image_index.bincount(minlength=len(self.photos))
         return count.cumsum(0) - count, count
 
     def pairs(self, seed, epoch, captions=1):
-        """(N, 1 + captions): each photo's row and the rows of some of its captions, in random order. No photo
+        """(N, 1 + captions): the photos in random order, each with the rows of some of its captions. No photo
         comes twice in an epoch, since in one batch it would be its own negative (vsepp #6)."""
         rng = np.random.default_rng([seed, epoch])
         photo = torch.from_numpy(rng.permutation(len(self.photos)))  # (N,)
-        first, count = (x[photo] for x in self.first_captions())
-        # Take a random caption and those that follow it. The first one follows the last one.
+        first, count = self.first_captions()
+        first, count = first[photo], count[photo]
+        # Start at a random caption, take the next ones, and go on with the first after the last.
         start = torch.from_numpy(rng.integers(count.numpy()))
-        turn = (start[:, None] + torch.arange(captions)) % count[:, None]  # (N, captions)
-        return torch.cat([photo[:, None], first[:, None] + turn], dim=1)
+        offset = (start[:, None] + torch.arange(captions)) % count[:, None]  # (N, captions)
+        return torch.cat([photo[:, None], first[:, None] + offset], dim=1)
 
     def place(self, device):
         """Move the photos to a GPU if they fill at most half of its free memory."""
@@ -88,16 +90,17 @@ class Split:
         return self.photos[rows.to(self.photos.device, non_blocking=True)].to(device)
 
     def tokens(self, rows, device, cut=False):
-        """Token ids of these captions, (len(rows), T) int32, where T is a multiple of 8 or the context. With
-        cut, T is the same in all batches, because each new T is compiled. All but one caption in a thousand
-        fit."""
+        """Token ids of these captions, (len(rows), T) int32, where T is a multiple of 8 or the context. cut
+        is for training: T is then the same in every batch, since torch.compile compiles once for each T.
+        About one caption in a thousand is cut."""
         longest = self.usual_length if cut else int(self.lengths[rows].max())
         ids = self.ids[rows, : math.ceil(longest / 8) * 8]
-        ids[:, -1] = self.ids[rows, -1]  # a caption that is cut keeps an end token; for others it is padding
+        ids[:, -1] = self.ids[rows, -1]  # the end token, or padding with its id
         return ids.to(device, non_blocking=True)
 
     @functools.cached_property
     def usual_length(self):
+        """The length that 99.9 % of the captions do not exceed."""
         return int(self.lengths.float().quantile(0.999, interpolation="higher"))
 
     def fingerprint(self):
@@ -121,7 +124,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 def normalize(photos):
-    """uint8 photos (B, S, S, 3), or pixels (B, 3, S, S) from 0 to 1, to normalised pixels (B, 3, S, S)."""
+    """Normalise photos, uint8 (B, S, S, 3) or float from 0 to 1 (B, 3, S, S). Returns (B, 3, S, S)."""
     pixels = photos if photos.is_floating_point() else (photos / 255).permute(0, 3, 1, 2)
     mean, std = torch.tensor([MEAN, STD]).to(pixels.device, non_blocking=True)[:, :, None, None]
     return ((pixels - mean) / std).contiguous()
@@ -134,9 +137,9 @@ def color_jitter(pixels, strength, grey=0.2):
     factors = torch.empty(3, B, 1, 1, device=device).uniform_(1 - strength, 1 + strength)
     brightness, contrast, saturation = factors  # (B, 1, 1) each
     saturation = saturation * (torch.rand(B, 1, 1, device=device) >= grey)
-    luma = torch.tensor([0.299, 0.587, 0.114]).to(device, non_blocking=True)  # brightness of red, green, blue
-    # Each factor blends a pixel with black, the photo's mean, or its own brightness. Together the three are
-    # one matrix (B, 3, 3) and one number to add.
+    luma = torch.tensor([0.299, 0.587, 0.114]).to(device, non_blocking=True)  # red, green and blue in grey
+    # The factors blend a pixel with black, with the photo's mean grey and with the pixel's own grey. Together
+    # they are an affine map for each photo: a matrix (3, 3) and an offset.
     matrix = saturation * torch.eye(3, device=device) + (1 - saturation) * luma
     middle = brightness * (pixels.mean(dim=(2, 3)) @ luma)[:, None, None]  # (B, 1, 1)
     changed = torch.baddbmm((1 - contrast) * middle, brightness * contrast * matrix, pixels.flatten(2))
@@ -145,18 +148,19 @@ def color_jitter(pixels, strength, grey=0.2):
 
 def random_resized_crop(pixels, size, scale, views, ratio=(3 / 4, 4 / 3)):
     """Random crops (B V, 3, size, size) of pixels (B, 3, S, S), half of them mirrored. A crop has between
-    `scale` and 1 of the photo's area, and its width / height is in `ratio`."""
+    `scale` and 1 of the photo's area and a width / height in `ratio`, but no side longer than the photo's."""
     B, V, device = len(pixels), views, pixels.device
     area = torch.empty(B * V, device=device).uniform_(scale, 1)
     aspect = torch.empty(B * V, device=device).uniform_(*np.log(ratio)).exp()
     width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)  # (B V,)
     mirror = torch.randint(2, (B * V,), device=device) * 2 - 1  # 1 or -1
-    # For grid_sample a photo reaches from -1 to 1, so a crop's centre is within 1 - width of the middle.
+    # width and height are fractions of the photo. For grid_sample the photo reaches from -1 to 1, so the crop
+    # is 2 width wide, and its centre is between -(1 - width) and 1 - width.
     centre_x = (1 - width) * torch.empty_like(width).uniform_(-1, 1)
     centre_y = (1 - height) * torch.empty_like(height).uniform_(-1, 1)
-    place = (torch.arange(size, device=device) * 2 + 1) / size - 1  # centres of `size` pixels
-    x = centre_x[:, None] + place * (width * mirror)[:, None]  # (B V, size)
-    y = centre_y[:, None] + place * height[:, None]
+    pixel = (torch.arange(size, device=device) * 2 + 1) / size - 1  # the centres of pixels, from -1 to 1
+    x = centre_x[:, None] + pixel * (width * mirror)[:, None]  # (B V, size)
+    y = centre_y[:, None] + pixel * height[:, None]
     x, y = torch.broadcast_tensors(x[:, None, :], y[:, :, None])
     grid = torch.stack([x, y], dim=-1).view(B, V * size, size, 2)  # the crops of a photo, one below the other
     crops = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
@@ -195,7 +199,7 @@ def load(name, tokenizer, image_size, context=77, captions=None, limit=0):
         raise InputError(f"--photos {limit} is negative: give a number of training photos, or 0 for all")
     if name not in (*DRAWN, "flickr30k") and not Path(name).is_dir():
         raise InputError(f"--data {name} is not a folder: give one, or {' or '.join(DRAWN)}")
-    tokenizer = load_tokenizer(tokenizer) if tokenizer != "train" else None
+    tokenizer = load_tokenizer(tokenizer) if tokenizer != "train" else None  # fails before photos are decoded
     if name in DRAWN:
         sizes = {"val": 500, "test": 500, "train": limit or DRAWN[name]}
         parts = load_drawn(sizes, image_size, name == "sketches")
@@ -217,7 +221,8 @@ def load_folder(folder, captions_file, image_size, limit):
         names[captions[name][0]].append(name)
     names["train"] = names["train"][: limit or None]
     if min(len(names["train"]), len(names["val"])) < 2:
-        raise InputError(f"--data {folder} has fewer than two photos to train on or to validate on")
+        advice = "add photos, or mark two as val in the column split"
+        raise InputError(f"--data {folder} has fewer than two photos to train on or to validate on: {advice}")
     parts = {}
     for split, own in names.items():
         if own:
@@ -255,7 +260,9 @@ TOKEN, KAGGLE = r"([^\t\n]+)#\d+\t(.*)", r"\s*([^|]+?)\s*\|\s*\d+\s*\|?(.*)"
 
 
 def find_captions_file(folder):
-    """Karpathy's dataset_*.json below a folder, else the only other file that begins like a captions file."""
+    """Karpathy's dataset_*.json below a folder, or else the one file whose first line names a photo column
+    and a caption column, or is a line of *.token. Flickr30k's *.lemma.token repeats the captions as
+    lemmas."""
     found, others = [], []
     for path in files_below(folder):
         if path.match("dataset_*.json"):
@@ -286,7 +293,7 @@ def read_rows(path):
             match = re.match(TOKEN, line) or re.match(KAGGLE, line)
             if match:
                 yield match[1], None, [match[2]]
-            elif line.strip() and line != header:
+            elif line.strip() and line != header:  # Kaggle's file has a header
                 raise ValueError(f"no photo and caption in {line[:50]!r}")
     else:
         if text.startswith("{"):
@@ -311,15 +318,15 @@ def read_captions(folder, path=None):
     photos = {}
     try:
         for name, split, sentences in read_rows(path):
-            if not all(isinstance(text, str) for text in (name, *sentences)):
-                raise ValueError(f"the entry of {str(name)[:50]} has something else than text")
-            "".join([name, *sentences]).encode()  # an error for half of an emoji
+            "".join([name, *sentences]).encode()  # an error if one is not text, or not valid Unicode
             if any("\n" in sentence.strip() for sentence in sentences):  # perhaps a quote that was not closed
                 print(f"warning: a caption of {name} has several lines in {path}", file=sys.stderr)
             if split and split not in SPLITS:
                 raise ValueError(f"the split of {name} is {split!r}, not train, val or test")
-            own = photos.setdefault(PurePosixPath(name).as_posix(), (SPLITS.get(split), []))[1]
-            own.extend(" ".join(sentence.split()) for sentence in sentences if sentence.strip())
+            known = photos.setdefault(PurePosixPath(name).as_posix(), (SPLITS.get(split), []))
+            if known[0] != SPLITS.get(split):
+                raise ValueError(f"{name} has two splits, {known[0]} and {split}")
+            known[1].extend(" ".join(sentence.split()) for sentence in sentences if sentence.strip())
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path} is not UTF-8 in line {line}: save it as UTF-8") from error
@@ -342,7 +349,7 @@ def with_splits(photos):
     if missing:
         print("splits    by a hash of the photos' names: recall does not compare with published figures")
     order = sorted(missing, key=lambda name: zlib.crc32(PurePosixPath(name).name.encode()))
-    few = len(order) < 1000  # then more of them for val, and none for test
+    few = len(order) < 1000  # a tenth is for val; otherwise a twentieth for val and one for test
     count = max(2, len(order) // 10) if few else len(order) // 20
     splits = dict.fromkeys(order, "train") | dict.fromkeys(order[:count], "val")
     if not few:
@@ -360,7 +367,7 @@ def files_below(folder):
     seen = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
-        if os.path.realpath(parent) in seen:  # a link to a folder above
+        if os.path.realpath(parent) in seen:  # reached before, by a symbolic link
             folders.clear()
             continue
         seen.add(os.path.realpath(parent))
@@ -375,11 +382,13 @@ def find_photos(folder, names):
     found = {}
     for name in names:
         paths = files.get(PurePosixPath(name).name, [])
-        paths = [path for path in paths if path == Path(folder, name)] or paths
+        paths = [path for path in paths if path == Path(folder, name)] or paths  # rather the exact path
         if len(paths) > 1:
             raise InputError(f"the photo {name} may be {paths[0]} or {paths[1]}: use relative paths as names")
         if paths:
             found[name] = paths[0]
+    if len(set(found.values())) < len(found):
+        raise InputError(f"two names in the captions file mean the same photo in {folder}: mend them")
     missing = [name for name in names if name not in found]
     if missing:
         text = f"{len(missing)} of {len(names)} photos are missing below {folder}, for example {missing[0]}"
@@ -427,29 +436,23 @@ def atomic(path):
 
 
 def photo_store(photos, size):
-    """Photos {name: path} as uint8 (N, size, size, 3). They are decoded once into a memory-mapped file in
-    cache/, whose name is a hash of the names, sizes and dates of the photos."""
+    """Photos {name: path} as uint8 (N, size, size, 3). They are decoded once, into a file in cache/ whose
+    name is a hash of the names, sizes and dates of the photos."""
     from tqdm import tqdm
 
     key = hashlib.sha256(str(size).encode())
     for name, path in photos.items():
         key.update(repr((name, path.stat().st_size, path.stat().st_mtime_ns)).encode())
-    # If the current folder is read-only, the file is in the system's folder for temporary files.
+    # In a read-only folder, the file is in the system's folder for temporary files instead.
     folder = Path("cache") if os.access(".", os.W_OK) else Path(tempfile.gettempdir(), "clip-cache")
-    store = folder / f"{key.hexdigest()[:16]}.npy"
+    store = folder / f"{key.hexdigest()[:16]}.uint8"
     if not store.exists():
-        with atomic(store) as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL releases the GIL
-            pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(photos), size, size, 3))
-            if hasattr(os, "posix_fallocate"):  # reserve the space now: a full disk would kill the process
-                with open(temporary, "r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
-            decoded = pool.map(load_photo, photos.values(), itertools.repeat(size))
-            for i, photo in enumerate(tqdm(decoded, "decoding", len(photos), mininterval=1)):
-                pixels[i] = photo
-    try:
-        return np.load(store, mmap_mode="c")  # c: writable, as PyTorch wants, in memory only
-    except ValueError as error:
-        raise InputError(f"{store} is damaged: delete it, and it is made again") from error
+        with atomic(store) as temporary, open(temporary, "wb") as file, ThreadPoolExecutor() as pool:
+            decoded = pool.map(load_photo, photos.values(), itertools.repeat(size))  # PIL releases the GIL
+            for photo in tqdm(decoded, "decoding", len(photos), mininterval=1):
+                file.write(photo.tobytes())
+    # "c" is copy-on-write: PyTorch wants a writable array, and the file never changes.
+    return np.memmap(store, np.uint8, "c", shape=(len(photos), size, size, 3))
 
 
 # --- Two drawn worlds --------------------------------------------------------------------------------
@@ -528,8 +531,8 @@ def captions_of(scene, rng, sketch=False):
         (a, place_a), (b, place_b) = things
         (x_a, y_a), (x_b, y_b) = PLACES[place_a], PLACES[place_b]
         where = WHERE.get((np.sign(x_a - x_b), np.sign(y_a - y_b)), "across from")
-        words = dict(a=" ".join(a), b=" ".join(b), A=a, B=b, place_a=place_a, place_b=place_b)
-        words = template.format(**words, where=where, ground=ground).split()
+        values = dict(a=" ".join(a), b=" ".join(b), A=a, B=b, place_a=place_a, place_b=place_b)
+        words = template.format(**values, where=where, ground=ground).split()
         captions.append(" ".join(SKETCH_WORDS.get(word, word) if sketch else word for word in words))
     return captions
 
@@ -553,14 +556,15 @@ def load_drawn(sizes, side, sketch=False, seed=0):
 
 
 def train_tokenizer(captions, vocab_size=8192):
-    """A CLIP tokenizer. As in OpenAI's, its tokens are 256 bytes, 256 bytes at the end of a word, what BPE
-    merges in these captions, the start and the end."""
+    """A CLIP tokenizer. As in OpenAI's, its tokens are, in this order: the 256 bytes, the 256 bytes with the
+    mark </w> for the end of a word, the merges of BPE in these captions, the start and the end token."""
     from tokenizers import pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     letters = alphabet + [byte + "</w>" for byte in alphabet]
-    # The letters are given in order, so that ties between merges are broken alike each time.
+    # Special tokens get the first ids, in this order. So every byte is a token, and training is
+    # deterministic.
     options = dict(special_tokens=letters, end_of_word_suffix="</w>", show_progress=False)
     blank = CLIPTokenizer().backend_tokenizer
     blank.train_from_iterator(captions, trainers.BpeTrainer(vocab_size=vocab_size - 2, **options))
@@ -585,8 +589,8 @@ def load_tokenizer(name):
 
 
 def tokenize(tokenizer, captions, context=77):
-    """Captions to int32 ids (len(captions), context), padded with the end token. Longer captions are cut and
-    keep their end token, since that is where the model reads a caption (openai/CLIP #212)."""
+    """Captions to int32 ids (len(captions), context), padded with the end token. Longer captions are cut, but
+    keep their end token, at which the model reads a caption (openai/CLIP #212)."""
     ids = torch.full((len(captions), context), tokenizer.eos_token_id, dtype=torch.int32)
     for i, row in enumerate(tokenizer(captions, truncation=True, max_length=context)["input_ids"]):
         ids[i, : len(row)] = torch.tensor(row)
@@ -616,13 +620,11 @@ def draw_curve(path, history, photos):
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs, last = [row["epoch"] for row in history], history[-1]
-    losses = (
-        ("train_loss", "training", last["train_chance"]),
-        ("loss", "validation", math.log(min(64, photos))),
-    )
-    for color, (name, label, chance) in zip(("C0", "C1"), losses):
-        left.plot(epochs, [row[name] for row in history], "o-", ms=3, color=color, label=label)
-        left.axhline(chance, color=color, ls=":", label=f"{label}, chance")
+    left.plot(epochs, [row["train_loss"] for row in history], "o-", ms=3, color="C0", label="training")
+    left.plot(epochs, [row["loss"] for row in history], "o-", ms=3, color="C1", label="validation")
+    left.axhline(last["train_chance"], color="C0", ls=":", label="training, chance")
+    chance = math.log(min(64, photos))  # clip.evaluate compares groups of 64 photos
+    left.axhline(chance, color="C1", ls=":", label="validation, chance")
     left.set(xlabel="epoch", ylabel="contrastive loss", ylim=(0, None))
     for name, label, style in (("t2i_r", "text to image", "o-"), ("i2t_r", "image to text", "o--")):
         for k, color in ((10, "C2"), (5, "C1"), (1, "C0")):
@@ -671,8 +673,9 @@ def class_attention(model, pixels):
 
 
 def draw_inside(path, split, before, after, model, count=16):
-    """Cosines of 16 photos and captions by the embeddings (images, texts) before and after training. Below
-    are six photos, the caption that each finds first (green: right) and the attention of the class token."""
+    """Top: the cosines of 16 captions and their photos, from the embeddings (images, texts) before and after
+    training. Below: six photos, the caption that each finds first (green: right), and the attention of the
+    class token."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 9), layout="constrained")
@@ -680,7 +683,7 @@ def draw_inside(path, split, before, after, model, count=16):
     captions = torch.linspace(0, len(split.captions) - 1, count).long()
     photos = split.image_index[captions]
     cosines = [(images[photos] @ texts[captions].T).cpu() for images, texts in (before, after)]
-    limit = cosines[1].abs().max()
+    limit = cosines[1].abs().max()  # one colour scale for both
     for axes, matrix, title in zip(top.subplots(1, 2), cosines, ("before", "after")):
         picture = axes.imshow(matrix, vmin=-limit, vmax=limit, cmap="RdBu_r")
         axes.set(xlabel="captions", ylabel="photos", title=f"cosines {title} training")
@@ -707,16 +710,18 @@ def draw_inside(path, split, before, after, model, count=16):
 
 
 def setting(default, low, high, help):
-    """A field of a recipe, which is a flag too: its default, its range, its help."""
+    """A field of a recipe that is a flag too, with its default, range and help."""
     return field(default=default, metadata={"low": low, "high": high, "help": help})
 
 
 def check_settings(recipe):
     """InputError for a setting out of its range."""
     for f in fields(recipe):
-        value, low, high = getattr(recipe, f.name), f.metadata.get("low"), f.metadata.get("high")
-        if f.metadata and not low <= value <= high:
-            raise InputError(f"--{f.name.replace('_', '-')} {value} is not between {low} and {high:g}")
+        if f.metadata:
+            value, low, high = getattr(recipe, f.name), f.metadata["low"], f.metadata["high"]
+            if not low <= value <= high:
+                flag = f.name.replace("_", "-")
+                raise InputError(f"--{flag} {value} is not between {low} and {high:g}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -737,7 +742,7 @@ class Parser(argparse.ArgumentParser):
         add("--data", default="flickr30k", type=os.path.normpath, metavar="DIR", help=help)
         add("--captions", metavar="FILE", help="captions file, if DIR has several")
         add("--photos", type=int, default=0, help="train on the first photos only; 0 is all")
-        add("--out", type=Path, metavar="DIR", help="folder of the run; None is a name in runs/")
+        add("--out", type=Path, metavar="DIR", help="folder of the run; by default in runs/")
         add("--resume", action="store_true", help="continue the run in --out")
         kind = torch.accelerator.current_accelerator(check_available=True)  # CUDA's, Apple's, ...
         device = f"{kind.type}:{os.environ.get('LOCAL_RANK', 0)}" if kind else "cpu"
@@ -749,7 +754,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def use_cpu_quota():
-    """Use no more threads than a container's CPU quota allows, since more would wait for each other."""
+    """Use no more threads than a container's CPU quota allows: it would stop them all in turn."""
     quota = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000" is two cores, "max 100000" is no quota
     allowed, period = quota.read_text().split() if quota.exists() else ("max", "1")
     if allowed != "max":
@@ -768,7 +773,7 @@ def run_command(argv, parse_args, run):
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:
-        print(f"error: {first_line(error)} Add --resume and a smaller --micro-batch.", file=sys.stderr)
+        print(f"error: {first_line(error)}: add --resume --micro-batch 32, or less", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped: --resume continues from the last checkpoint, if there is one", file=sys.stderr)

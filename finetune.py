@@ -48,13 +48,14 @@ def load_run(run_dir):
 
 
 def check_released(name, config):
-    """InputError, with file and entry, for a released CLIP that ours can't express. config: transformers'."""
+    """InputError, with file and entry, if our CLIP can't represent this released one."""
     text, vision, size = config.text_config, config.vision_config, config.vision_config.image_size
     ours = {"size": size, "crop_size": size, "image_mean": list(data.MEAN), "image_std": list(data.STD)}
     try:
         settings, _ = transformers.CLIPImageProcessor.get_image_processor_dict(name)
     except OSError:  # there is no preprocessor_config.json
         settings = ours
+    # to_dict adds defaults and gives sizes one form, so that both can be compared.
     found, needed = (transformers.CLIPImageProcessor(**x).to_dict() for x in (settings, ours))
     checks = [
         ("config.json: text_config.hidden_act", text.hidden_act, tuple(clip.ACTIVATIONS)),
@@ -72,7 +73,7 @@ def check_released(name, config):
 
 
 def load_released(name, tokenizer):
-    """The model of a Hugging Face folder or a hub name. InputError if it isn't one whole CLIP."""
+    """The model of a Hugging Face folder or a hub name. InputError if it isn't a complete CLIP."""
     try:
         released = transformers.AutoConfig.from_pretrained(name)
     except Exception as error:  # the hub's client raises dozens of kinds
@@ -83,13 +84,12 @@ def load_released(name, tokenizer):
     check_released(name, released)
     vision, text = released.vision_config, released.text_config
     end = text.eos_token_id
-    if end == 2:  # old configurations say this, and transformers reads captions at their largest id (#24650)
+    if end == 2:  # old configurations have this wrong id (transformers #24650)
         vocabulary = data.load_tokenizer(tokenizer)
         end = vocabulary.eos_token_id
         if end != max(vocabulary.get_vocab().values()):
-            raise InputError(f"{name}/config.json: set eos_token_id to {end}, as tokens follow the end token")
-    sizes = [field.name for field in fields(TowerConfig)]
-    towers = [TowerConfig(*[getattr(tower, size) for size in sizes]) for tower in (vision, text)]
+            raise InputError(f"{name}/config.json: set eos_token_id to {end}: other tokens have larger ids")
+    towers = [TowerConfig(*[getattr(x, f.name) for f in fields(TowerConfig)]) for x in (vision, text)]
     others = {name: getattr(vision, name) for name in ("image_size", "patch_size")}
     others |= {name: getattr(text, name) for name in ("vocab_size", "max_position_embeddings", "hidden_act")}
     others |= {"eos_token_id": end, "projection_dim": released.projection_dim, "causal": True}
@@ -98,10 +98,10 @@ def load_released(name, tokenizer):
     except Exception as error:
         raise InputError(f"can't read the weights of {name}: {data.first_line(error)}") from error
     weights = theirs.state_dict()
-    # transformers would load an adapter that lies beside the weights.
+    # from_pretrained also loads an adapter that lies beside the weights: its keys contain ".lora_".
     wrong = [key for keys in report.values() for key in keys] + [key for key in weights if ".lora_" in key]
     if wrong:
-        raise InputError(f"{name} is not one whole CLIP: missing or unexpected weight {wrong[0]}")
+        raise InputError(f"{name} is not a complete CLIP: missing or unexpected weight {wrong[0]}")
     model = CLIP(CLIPConfig(*towers, **others))
     model.load_state_dict(weights)
     return model
@@ -113,7 +113,6 @@ def from_pretrained(name_or_dir, tokenizer=None):
     is_run = (Path(name_or_dir) / "checkpoint.pt").exists()
     tokenizer = tokenizer or (Path(name_or_dir) / "tokenizer" if is_run else name_or_dir)
     model = load_run(name_or_dir) if is_run else load_released(name_or_dir, tokenizer)
-    # Set by from_pretrained: path of the model, path of its tokenizer.
     model.name_or_path, model.tokenizer_path = str(name_or_dir), str(tokenizer)
     return model.eval()
 
@@ -122,8 +121,8 @@ def check_tokenizer(model, tokenizer):
     """InputError for a tokenizer with another end token or more tokens than the model. It may have fewer."""
     end, size = model.config.eos_token_id, model.config.vocab_size
     if tokenizer.eos_token_id != end or max(tokenizer.get_vocab().values()) >= size:
-        needed = f"it has {size} tokens and ends with {end}"
-        raise InputError(f"the tokenizer does not fit the model ({needed}): --tokenizer names another")
+        needed = f"the model has {size} tokens and the end token {end}"
+        raise InputError(f"the tokenizer does not fit ({needed}): --tokenizer names another")
 
 
 def tokenizer_of(model):
@@ -140,9 +139,9 @@ def save_pretrained(model, folder, tokenizer=None):
         raise InputError("Hugging Face's CLIP has no BERT-style text tower: train with --text causal")
     if not all(getattr(module, "merged", True) for module in model.modules()):
         raise InputError("the adapters are not merged: call lora.merge(model) first")
-    tokenizer = copy.deepcopy(tokenizer) or tokenizer_of(model)
+    tokenizer = copy.deepcopy(tokenizer or tokenizer_of(model))  # a copy, since model_max_length changes
     check_tokenizer(model, tokenizer)
-    tokenizer.model_max_length = c.max_position_embeddings  # others cut captions to this length
+    tokenizer.model_max_length = c.max_position_embeddings  # CLIPProcessor cuts captions to this length
     vision = asdict(c.vision) | {"image_size": c.image_size, "patch_size": c.patch_size}
     text = asdict(c.text) | {"vocab_size": c.vocab_size, "max_position_embeddings": c.max_position_embeddings}
     text |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
@@ -169,7 +168,7 @@ class LoRARecipe(Recipe):
     r: int = 64  # 0 trains all weights
     alpha: float = 128.0
     targets: tuple = ("q_proj", "k_proj", "v_proj")
-    base_loss: float = 0.0  # the base's loss on the validation photos: a resumed run needs the same base
+    base_loss: float = 0.0  # the base's validation loss, which identifies the base when a run is resumed
 
 
 # For released weights, after amirhossein-yousefi/Image-Contrastive-CLIP; for runs of clip.py; for drawn data.
@@ -179,9 +178,9 @@ DRAWN_RECIPE = replace(RECIPE, epochs=8, lr=5e-3, dropout=0.0)
 
 
 def adapt(base, splits, recipe, run_dir, resume=False, compile=False):
-    """Train adapters in a copy of the base, or all its weights if recipe.r is 0. Returns (model, history).
-    run_dir gets the log, the curve, a checkpoint, and the adapter or the tokenizer. B A is 0 at the start, so
-    the model equals its base before the first step."""
+    """Train adapters in a copy of the base, or all its weights if recipe.r is 0. Returns (model, history),
+    the model with averaged weights. run_dir gets the log, the curve, a checkpoint and the adapter, or the
+    tokenizer if all weights are trained. B A is 0 at the start, so training begins at the base."""
     run_dir = Path(run_dir)
     model = copy.deepcopy(base)
     torch.manual_seed(recipe.seed)
@@ -190,7 +189,7 @@ def adapt(base, splits, recipe, run_dir, resume=False, compile=False):
             lora.add_lora(model, recipe.r, recipe.alpha, recipe.dropout, recipe.targets)
         except ValueError as error:
             raise InputError(str(error)) from error
-        # Autocast rounds fp32 weights in every step. The frozen ones can be rounded once and for all.
+        # Autocast would round the frozen fp32 weights in every step. Round them once, for the training.
         dtype = clip.autocast_dtype(model.logit_scale.device)
         for module in model.modules():
             if isinstance(module, nn.Linear):
@@ -198,10 +197,13 @@ def adapt(base, splits, recipe, run_dir, resume=False, compile=False):
     trainable, total = lora.trainable_parameters(model)
     print(f"\n{run_dir.name}: training {trainable:,} of {total:,} parameters, {trainable / total:.2%}")
     model, history = clip.train(model, splits, recipe, run_dir, resume, compile)
+    for name, module in model.named_modules():
+        if recipe.r and isinstance(module, nn.Linear):
+            module.weight.data = base.get_submodule(name).weight.data  # in fp32 again
     if clip.RANK == 0:
         data.draw_curve(run_dir / "curve.png", history, len(splits["val"].photos))
         if recipe.r:
-            lora.save_adapter(model, run_dir, base.name_or_path)
+            lora.save_adapter(model, run_dir, getattr(base, "name_or_path", None))
         elif not (run_dir / "tokenizer").exists():  # with its tokenizer the run can be the next base
             with data.atomic(run_dir / "tokenizer") as temporary:
                 tokenizer_of(base).save_pretrained(temporary)
@@ -225,7 +227,7 @@ def embed_folder(model, tokenizer, photos, sentences):
     """Embeddings of photos {name: path}, (N, E), and of sentences, (M, E)."""
     check_tokenizer(model, tokenizer)
     pixels = data.photo_store(photos, model.config.image_size)
-    captions = [sentences] + [[]] * (len(photos) - 1)  # in a Split, sentences belong to a photo: the first
+    captions = [sentences] + [[]] * (len(photos) - 1)  # a Split needs a photo for each: the first
     context = model.config.max_position_embeddings
     return clip.embed(model, data.make_split(list(photos), pixels, captions, tokenizer, context))
 
@@ -246,7 +248,7 @@ def classify(model, tokenizer, folder, templates=PROMPTS):
     images, texts = embed_folder(model, tokenizer, photos, prompts)  # (N, E), (classes x templates, E)
     means = nn.functional.normalize(texts.unflatten(0, (len(classes), -1)).mean(dim=1), dim=1)
     answers = torch.arange(len(classes), device=images.device)
-    right = answers[[classes.index(name) for name in class_of]]  # (N,)
+    right = torch.tensor([classes.index(name) for name in class_of], device=images.device)  # (N,)
     rank = clip.rank_of_best_match(images, means, right, answers)
     top1, top5 = (100 * (rank < k).float().mean().item() for k in (1, 5))
     chance = f"{len(photos):,} photos of {len(classes)} classes, chance {100 / len(classes):.1f}"
@@ -268,8 +270,8 @@ def search(model, tokenizer, folder, query, count=8):
 
 
 def own_data(base):
-    """{name: validation split} of the data that a run of clip.py was trained on, to see what it forgets.
-    {} if they are not where they were, or have changed."""
+    """{name: validation split} of the data of a run of clip.py, to measure what fine-tuning makes it forget.
+    {} if the data have moved or changed."""
     run_dir, c = Path(base.name_or_path), base.config
     if not (run_dir / "checkpoint.pt").exists():
         return {}
@@ -278,7 +280,7 @@ def own_data(base):
     if source in data.DRAWN or Path(source).exists():  # do not download it again
         with contextlib.suppress(InputError):
             splits, _ = data.load(source, base.tokenizer_path, c.image_size, c.max_position_embeddings)
-    if splits and [part.fingerprint() for part in splits.values()] == checkpoint["data"]:
+    if splits and splits["val"].fingerprint() in checkpoint["data"]:
         return {f"{Path(source).name} val": splits["val"]}
     print(f"the base's own data, {source}, have moved or changed: what it forgets is not shown")
     return {}
@@ -289,14 +291,14 @@ def evaluate_all(model, variant, judged):
     row = {}
     for name, split in judged.items():
         evaluation = clip.evaluate(model, split)
-        print(f"{variant:12s}{name:14s}{clip.describe(evaluation)}", flush=True)
+        print(f"{variant:12s}{name:13s} {clip.describe(evaluation)}", flush=True)
         row |= {f"{name} {key}": value for key, value in evaluation.items()}
         row[f"{name} r10"] = (evaluation["t2i_r10"] + evaluation["i2t_r10"]) / 2
     return row
 
 
 def study(base, splits, recipes, out, judged, resume=False, compile=False):
-    """Adapt the base by each recipe, in a folder of `out` for each. Returns a row of the table for each: what
+    """Adapt the base by each recipe, in a subfolder of `out`. Returns one row of the table per recipe: what
     was trained, for how long, the lowest validation loss, and the evaluation on the splits `judged`."""
     rows = []
     for recipe in recipes:
@@ -306,7 +308,7 @@ def study(base, splits, recipes, out, judged, resume=False, compile=False):
         row |= {"trainable": lora.trainable_parameters(model)[0], "minutes": history[-1]["minutes"]}
         row |= {"lowest val loss": min(epoch["loss"] for epoch in history)}
         rows.append(row | evaluate_all(model, variant, judged))
-        del model  # a GPU holds one copy beside the base
+        del model  # free its memory before the next one is trained
     return rows
 
 
@@ -361,12 +363,13 @@ def parse_args(argv):
     parser.add_argument("--r", type=int, nargs="+", default=[], help="ranks; 64 by default, unless --full")
     parser.add_argument("--full", action="store_true", help="train all weights, with a tenth of --lr")
     parser.add_argument("--alpha", type=float, help="the scale is alpha / r; 2 r by default")
-    parser.add_argument("--targets", nargs="+", default=RECIPE.targets, help="Linears, or modules of them")
+    parser.add_argument("--targets", nargs="+", default=RECIPE.targets, help="Linears, modules or all-linear")
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds, from --seed on")
     parser.add_recipe(RECIPE)
     args = parser.parse_known_args(argv)[0]  # a first look, since defaults depend on --base and --data
-    recipe = RUN_RECIPE if (Path(args.base) / "checkpoint.pt").exists() else RECIPE
-    recipe = DRAWN_RECIPE if args.data in data.DRAWN else recipe
+    recipe = RECIPE
+    if (Path(args.base) / "checkpoint.pt").exists():
+        recipe = DRAWN_RECIPE if args.data in data.DRAWN else RUN_RECIPE
     parser.set_defaults(**{f.name: getattr(recipe, f.name) for f in fields(recipe) if f.metadata})
     args = parser.parse_args(argv)
     if args.seeds < 1 or any(r < 1 for r in args.r):
@@ -375,12 +378,12 @@ def parse_args(argv):
     return args
 
 
-def recipes_of(args, base_loss):
+def recipes_of(args):
     """A LoRARecipe for each seed and each rank that the flags ask for. Rank 0 trains all weights."""
     flags = {f.name: getattr(args, f.name) for f in fields(LoRARecipe) if f.metadata}
-    recipe = LoRARecipe(**flags, targets=tuple(args.targets), base_loss=round(base_loss, 2))
+    recipe = LoRARecipe(**flags, targets=tuple(args.targets))
     recipes = []
-    ranks = args.r + [0] if args.full else args.r or [RECIPE.r]
+    ranks = [*args.r, 0] if args.full else (args.r or [RECIPE.r])
     for seed in range(args.seed, args.seed + args.seeds):
         for r in dict.fromkeys(ranks):
             alpha = 2.0 * r if args.alpha is None else args.alpha
@@ -392,12 +395,11 @@ def recipes_of(args, base_loss):
 def run(args):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    device = clip.open_device(args.device)
+    recipes, device = recipes_of(args), clip.open_device(args.device)
     base = from_pretrained(args.base, args.tokenizer).to(device)
     tokenizer = tokenizer_of(base)
     if args.classify:
-        classify(base, tokenizer, args.classify)
-        return
+        return classify(base, tokenizer, args.classify)
     if args.search:
         for photo, cosine in search(base, tokenizer, *args.search):
             print(f"{cosine:6.3f}  {photo}")
@@ -408,8 +410,9 @@ def run(args):
     zero_shot = evaluate_all(base, "zero-shot", judged)
     rows = [{"variant": "zero-shot", "seed": "", "trainable": 0, "minutes": 0.0}]
     rows[0] |= {"lowest val loss": zero_shot["val loss"]} | zero_shot
-    recipes, compile = recipes_of(args, zero_shot["val loss"]), args.compile and device.type == "cuda"
-    # A study that was begun continues, with or without --resume, and other settings are an error.
+    recipes = [replace(recipe, base_loss=round(zero_shot["val loss"], 2)) for recipe in recipes]
+    compile = args.compile and device.type == "cuda"
+    # resume: the same command again continues a study that was begun. Other settings are an InputError.
     rows += study(base, splits, recipes, args.out, judged, resume=True, compile=compile)
     if clip.RANK == 0:
         clip.write_csv(args.out / "study.csv", rows)

@@ -2,13 +2,13 @@
 
     model = finetune.from_pretrained("openai/clip-vit-base-patch16")
     lora.add_lora(model, r=64, alpha=128, dropout=0.1)  # 72 Linears, 5,898,240 trainable parameters, 3.79 %
-    ...                                                 # train the parameters that require a gradient
+    ...                 # call model.train(), then train the parameters that require a gradient
     lora.save_adapter(model, "adapter")                 # 24 MB, in the format of Hugging Face's peft
     lora.merge(model)                                   # plain weights again, as fast as the base
 
 The paper is Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685). Names
-and files are those of peft, so adapters can be exchanged with it. A function that can't do its work raises a
-ValueError and changes nothing.
+and files are those of peft, so adapters can be exchanged with it. An adapter or a setting that does not fit
+raises a ValueError, and the model stays as it was.
 """
 
 import json
@@ -28,9 +28,9 @@ from torch import nn
 
 class LoRALinear(nn.Linear):
     """W x + b + (alpha / r) B A dropout(x). The weight W (out, in) is frozen; A (r, in) and B (out, r) are
-    trained. They are r (in + out) numbers, and change W by a matrix of rank r. W and b keep their names, so a
-    base's state dict fits with strict=False. use_rslora scales by alpha / sqrt(r) instead, so that a large r
-    learns as fast as a small one (arXiv:2312.03732)."""
+    trained. They are r (in + out) numbers, and change W by a matrix of rank r or less. W and b keep their
+    names, so a base's state dict fits with strict=False. use_rslora scales by alpha / sqrt(r) instead, so
+    that a large r learns as fast as a small one (arXiv:2312.03732)."""
 
     def __init__(self, base, r, alpha, dropout=0.0, use_rslora=False):
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
@@ -38,15 +38,14 @@ class LoRALinear(nn.Linear):
         self.r, self.alpha, self.use_rslora = r, alpha, use_rslora
         self.dropout = nn.Dropout(dropout)
         # fp32 even beside a bf16 base, as in peft: bf16 would round the small steps of training away.
-        self.base_dtype = base.weight.dtype
-        dtype = torch.promote_types(self.base_dtype, torch.float32)
+        dtype = torch.promote_types(base.weight.dtype, torch.float32)
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, dtype=dtype, device=base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, dtype=dtype, device=base.weight.device))
         # As in peft, A is uniform within 1 / sqrt(in). B is 0, so an adapted model starts as the base.
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.strength = 1.0  # 0 gives the base, 1 the adapted model
         self.merged = False
-        self.train(base.training)  # in eval mode there is no dropout
+        self.train(base.training)  # a new module is in training mode, but its base may be in eval mode
 
     @property
     def scaling(self):
@@ -83,8 +82,8 @@ def linears_of(model):
 
 
 def find_targets(model, targets):
-    """The names of the Linears to adapt. A target is the name of a Linear, or of a module, which means all
-    Linears in it. It may be a part of the name, such as "q_proj". "all-linear" means all of them."""
+    """The names of the Linears to adapt. A target is one or more whole components of a name, such as
+    "q_proj", "layers.0" or "vision_model", and means all Linears with these. "all-linear" means all."""
     linears, chosen = linears_of(model), []
     for target in [targets] if isinstance(targets, str) else targets:
         # The dots keep "proj" from matching "q_proj".
@@ -124,8 +123,9 @@ def insert(model, settings, dropout, use_rslora):
 
 
 def add_lora(model, r, alpha, dropout=0.0, targets=("q_proj", "k_proj", "v_proj"), use_rslora=False):
-    """Put adapters beside the Linears that `targets` name (see find_targets), freeze everything else, and
-    return the number of adapters. A second call can adapt other Linears with other settings."""
+    """Put adapters beside the Linears that `targets` name (see find_targets), freeze all other parameters of
+    `model`, which may be one tower, and return the number of adapters. A second call can adapt other Linears
+    with other settings."""
     names = find_targets(model, targets)
     insert(model, dict.fromkeys(names, (r, alpha)), dropout, use_rslora)
     return len(names)
@@ -148,8 +148,8 @@ def set_strength(model, strength):
 
 @torch.no_grad()
 def merge(model):
-    """Add each adapter to its weight: the same function, without extra work. This is not a side effect of
-    eval(), as in other code, where it surprises whoever saves the weights next (peft #1035)."""
+    """Add each adapter to its weight: the same function, without extra work. In some libraries eval() does
+    this, and a state dict that is saved after it holds changed weights (peft #1035)."""
     layers = adapters(model).values()
     if any(layer.merged for layer in layers):
         raise ValueError("the adapters are merged already")
@@ -157,8 +157,7 @@ def merge(model):
     if not all(delta.isfinite().all() for delta in deltas):
         raise ValueError("an adapter holds NaN or infinity: merging it would spoil the base")
     for layer, delta in zip(layers, deltas):
-        # In fp32 if the base was, even if finetune.py has rounded its weight to bf16 since.
-        layer.weight.data = (layer.weight + delta).to(layer.base_dtype)
+        layer.weight.data = (layer.weight + delta).to(layer.weight.dtype)
         layer.merged = True
 
 
@@ -169,7 +168,7 @@ def unmerge(model):
     if not all(layer.merged for layer in layers):
         raise ValueError("the adapters are not merged")
     for layer in layers:
-        layer.weight.data = (layer.weight - layer.delta()).to(layer.base_dtype)
+        layer.weight.data = (layer.weight - layer.delta()).to(layer.weight.dtype)
         layer.merged = False
 
 
@@ -178,17 +177,18 @@ def unmerge(model):
 
 def save_adapter(model, folder, base=None):
     """Write adapter_config.json and adapter_model.safetensors, which peft.PeftModel.from_pretrained opens.
-    base: the base model's name. The strength is not saved. ValueError if dropout or use_rslora differ."""
+    base: the base model's name. The strength is not saved. ValueError if the adapters have different dropouts
+    or use_rslora, of which a file has one."""
     layers, folder = adapters(model), Path(folder)
     first = next(iter(layers.values()))
     if len({(layer.dropout.p, layer.use_rslora) for layer in layers.values()}) > 1:
-        raise ValueError("the adapters differ in dropout or use_rslora: save model.vision_model alone, ...")
+        raise ValueError("the adapters differ in dropout or use_rslora: save each tower by itself")
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": base and str(base),
         "r": first.r,
         "lora_alpha": first.alpha,
-        # A pattern is a regular expression for the end of a name. With ^ it matches one whole name.
+        # peft matches a pattern with the end of a name. With ^ it matches this whole name alone.
         "rank_pattern": {f"^{name}": layer.r for name, layer in layers.items() if layer.r != first.r},
         "alpha_pattern": {f"^{name}": x.alpha for name, x in layers.items() if x.alpha != first.alpha},
         "lora_dropout": first.dropout.p,
@@ -209,7 +209,7 @@ def save_adapter(model, folder, base=None):
 
 
 # Settings of peft.LoraConfig that we obey, and those that don't matter once an adapter is trained. All others
-# must be off or have peft's default.
+# must be off or have peft's default ("gaussian", an initialisation of A, doesn't matter either).
 MAY_DIFFER = {"r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"}
 MAY_DIFFER |= {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
 MAY_DIFFER |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "inference_mode"}
@@ -261,8 +261,8 @@ def load_adapter(model, folder):
     for name in sorted(expected.keys() | tensors.keys()):
         shape = tuple(tensors[name].shape) if name in tensors else "missing"
         if shape != expected.get(name):
-            needed = expected.get(name, "no such Linear")
-            raise ValueError(f"{folder} doesn't fit: its {name} is {shape}, but the model has {needed}")
+            needed = expected.get(name, "absent, as there is no such Linear")
+            raise ValueError(f"{folder} doesn't fit: its {name} is {shape}, but must be {needed}")
     trained_on, base = config.base_model_name_or_path, getattr(model, "name_or_path", None)
     if trained_on and base and trained_on != base:
         warnings.warn(f"{folder} was trained on {trained_on}, but this model is {base}", stacklevel=2)
