@@ -932,7 +932,7 @@ def parse_args(argv):
     tokenizer = "openai/clip-vit-base-patch16"
     parser.add_argument("--tokenizer", default=tokenizer, help="hub name, folder, or `train` to train one")
     parser.add_recipe(Recipe())  # and --data, --captions, --photos, --out, --resume, --device, --compile
-    if parser.parse_known_args(argv)[0].data in data.DRAWN:  # drawn worlds have defaults of their own
+    if parser.first_look(argv).data in data.DRAWN:  # drawn worlds have defaults of their own
         drawn = {"model": "tiny", "text": "causal", "init": "openai", "tokenizer": "train"}
         parser.set_defaults(**drawn, **asdict(DRAWN_RECIPE))
     args = parser.parse_args(argv)

@@ -749,6 +749,11 @@ class Parser(argparse.ArgumentParser):
         add("--device", default=device, help="cuda:N, mps or cpu")
         add("--compile", action=argparse.BooleanOptionalAction, default=True, help="CUDA only")
 
+    def first_look(self, argv):
+        """The flags, for defaults that depend on them. --help would show those before."""
+        argv = sys.argv[1:] if argv is None else argv
+        return self.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]
+
     def error(self, message):
         raise InputError(f"{message}; --help lists the flags")
 

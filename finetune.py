@@ -366,7 +366,7 @@ def parse_args(argv):
     parser.add_argument("--targets", nargs="+", default=RECIPE.targets, help="Linears, modules or all-linear")
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds, from --seed on")
     parser.add_recipe(RECIPE)
-    args = parser.parse_known_args(argv)[0]  # a first look, since defaults depend on --base and --data
+    args = parser.first_look(argv)  # defaults depend on --base and --data
     recipe = RECIPE
     if (Path(args.base) / "checkpoint.pt").exists():
         recipe = DRAWN_RECIPE if args.data in data.DRAWN else RUN_RECIPE

@@ -1595,6 +1595,12 @@ def test_the_commands_classify_and_search(capsys):
     assert finetune.main([*flags, "--search", "photos", "a", "--classify", "photos"]) == 2
 
 
+def test_help_shows_the_defaults_of_the_data(capsys):
+    with pytest.raises(SystemExit):
+        clip.main(["--data", "shapes", "--help"])
+    assert "(default: 8)" in capsys.readouterr().out
+
+
 def test_the_command_works_in_a_thread(monkeypatch):
     codes = []
     thread = threading.Thread(target=lambda: codes.append(train_shapes(monkeypatch, "--epochs 1")))
