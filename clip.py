@@ -41,7 +41,7 @@ from torch import nn
 IS_TORCHRUN = dist.is_available() and dist.is_torchelastic_launched()
 RANK = int(os.environ["RANK"]) if IS_TORCHRUN else 0  # the number of this process
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if IS_TORCHRUN else 1  # how many there are
-SAVE_SECONDS = 60  # least time between checkpoints: one of ViT-B/16 takes seconds to write
+SAVE_FRACTION = 0.05  # of the time may go to checkpoints: one of ViT-B/16 takes seconds to write
 
 # --- Configuration ---------------------------------------------------------------------------------------
 
@@ -569,7 +569,7 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
         compile_model(model)
 
     model.train()
-    saved = time.perf_counter()
+    saved, seconds_to_save = time.perf_counter(), 0.0
     for epoch in range(len(history), recipe.epochs):
         start, total = time.perf_counter(), 0.0
         pairs = split.pairs(recipe.seed, epoch, recipe.texts)  # (N, 1 + K), in another order each epoch
@@ -603,9 +603,11 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
         history.append(row)
         text = f"epoch {epoch + 1:3d}/{recipe.epochs}  train {row['train_loss']:.4f}  val {describe(row)}"
         print(text, flush=True)
-        if RANK == 0 and (epoch + 1 == recipe.epochs or time.perf_counter() - saved > SAVE_SECONDS):
+        now = time.perf_counter()
+        if RANK == 0 and (epoch + 1 == recipe.epochs or SAVE_FRACTION * (now - saved) > seconds_to_save):
             save_run(run_dir, settings, history, model, ema_model, optimizers, scaler)
             saved = time.perf_counter()
+            seconds_to_save = saved - now
     if WORLD_SIZE > 1:
         dist.barrier()  # the files of process 0 are complete when this returns
     return ema_model, history
@@ -895,7 +897,7 @@ def graphed(tower):
 
 def open_data(args, device, tokenizer, config):
     """(splits, tokenizer) of --data, for a model of this configuration. Checks --out and --batch-size."""
-    if not args.resume and ((args.out / "tokenizer").exists() or (args.out / "log.csv").exists()):
+    if not args.resume and (args.out / "checkpoint.pt").exists():
         raise data.InputError(f"--out {args.out} holds a run: add --resume, or give another folder")
     if RANK > 0:
         dist.barrier()  # wait until process 0 has decoded the photos
@@ -904,9 +906,10 @@ def open_data(args, device, tokenizer, config):
     if RANK == 0 and WORLD_SIZE > 1:
         dist.barrier()  # let the others read what is decoded
     photos = len(splits["train"].photos)
-    if args.batch_size > photos or args.batch_size % WORLD_SIZE:
-        needed = f"{photos}, the number of photos, and a multiple of {WORLD_SIZE}, the number of GPUs"
-        raise data.InputError(f"--batch-size must be at most {needed}")
+    if args.batch_size > photos:
+        raise data.InputError(f"--batch-size {args.batch_size} is more than the {photos} photos: give fewer")
+    if args.batch_size % WORLD_SIZE:
+        raise data.InputError(f"--batch-size must be a multiple of {WORLD_SIZE}, the number of processes")
     for name, split in splits.items():
         print(f"{name:10s}{len(split.photos):,} photos, {len(split.captions):,} captions")
         split.place(device)
@@ -947,7 +950,7 @@ def run(args):
         raise data.InputError("ViT-B/16 needs a GPU: add --model tiny --tokenizer train, or --micro-batch 8")
     config = replace(PRESETS[args.model], causal=args.text == "causal")
     splits, tokenizer = open_data(args, device, args.tokenizer, config)
-    if RANK == 0 and not (args.out / "tokenizer").exists():
+    if RANK == 0 and not (args.out / "checkpoint.pt").exists():  # a resumed run must have the same tokens
         with data.atomic(args.out / "tokenizer") as temporary:
             tokenizer.save_pretrained(temporary)
     torch.manual_seed(recipe.seed)  # the same weights in every process

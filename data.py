@@ -314,6 +314,8 @@ def read_rows(path):
 
 def read_captions(folder, path=None):
     """{photo: (split, captions)} of a captions file, by default the one that find_captions_file finds."""
+    if path and not Path(path).exists():
+        raise InputError(f"--captions {path} is not there: give a path from the current folder")
     path = Path(path) if path else find_captions_file(folder)
     photos = {}
     try:
@@ -379,7 +381,7 @@ def find_photos(folder, names):
     files = {}
     for path in files_below(folder):
         files.setdefault(path.name, []).append(path)
-    found = {}
+    found, name_of = {}, {}
     for name in names:
         paths = files.get(PurePosixPath(name).name, [])
         paths = [path for path in paths if path == Path(folder, name)] or paths  # rather the exact path
@@ -387,8 +389,11 @@ def find_photos(folder, names):
             raise InputError(f"the photo {name} may be {paths[0]} or {paths[1]}: use relative paths as names")
         if paths:
             found[name] = paths[0]
-    if len(set(found.values())) < len(found):
-        raise InputError(f"two names in the captions file mean the same photo in {folder}: mend them")
+            other = name_of.setdefault(paths[0], name)
+            if other != name:
+                raise InputError(
+                    f"{other} and {name} mean the same photo, {paths[0]}: mend the captions file"
+                )
     missing = [name for name in names if name not in found]
     if missing:
         text = f"{len(missing)} of {len(names)} photos are missing below {folder}, for example {missing[0]}"
@@ -425,9 +430,11 @@ def atomic(path):
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        if temporary.is_dir() and Path(path).is_dir():
+            shutil.rmtree(path)  # os.replace can't replace a folder
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
-        raise InputError(f"can't write {path}: {first_line(error)}") from error
+        raise InputError(f"can't write {path} ({first_line(error)}): check space and permissions") from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)

@@ -204,7 +204,7 @@ def adapt(base, splits, recipe, run_dir, resume=False, compile=False):
         data.draw_curve(run_dir / "curve.png", history, len(splits["val"].photos))
         if recipe.r:
             lora.save_adapter(model, run_dir, getattr(base, "name_or_path", None))
-        elif not (run_dir / "tokenizer").exists():  # with its tokenizer the run can be the next base
+        else:  # with its tokenizer the run can be the next base
             with data.atomic(run_dir / "tokenizer") as temporary:
                 tokenizer_of(base).save_pretrained(temporary)
     return model, history
@@ -372,8 +372,8 @@ def parse_args(argv):
         recipe = DRAWN_RECIPE if args.data in data.DRAWN else RUN_RECIPE
     parser.set_defaults(**{f.name: getattr(recipe, f.name) for f in fields(recipe) if f.metadata})
     args = parser.parse_args(argv)
-    if args.seeds < 1 or any(r < 1 for r in args.r):
-        raise InputError("--r and --seeds must be at least 1")
+    if args.seeds < 1 or any(r < 1 for r in args.r) or not (args.alpha is None or args.alpha > 0):
+        raise InputError("--r and --seeds must be at least 1, and --alpha must be more than 0")
     args.out = args.out or Path("runs", "-".join(Path(x).absolute().name for x in (args.base, args.data)))
     return args
 

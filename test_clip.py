@@ -20,7 +20,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from dataclasses import replace
@@ -193,7 +192,7 @@ FEW = {"val": 70, "test": 70, "train": 100}
 def few_scenes(monkeypatch):
     load_drawn = data.load_drawn
     monkeypatch.setattr(data, "load_drawn", lambda _, *rest: load_drawn(FEW, *rest))
-    monkeypatch.setattr(clip, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(clip, "SAVE_FRACTION", math.inf)
 
 
 def train_shapes(monkeypatch, flags=""):
@@ -1035,7 +1034,7 @@ def test_photos_are_found_by_path_then_name():
     assert list(map(str, found.values())) == ["1.jpg", "a/1.jpg", "b/deep/2.jpg"]
     with pytest.raises(data.InputError, match="1.jpg may be 1.jpg or a/1.jpg"):
         data.find_photos(".", ["b/1.jpg"])
-    with pytest.raises(data.InputError, match="two names in the captions file mean the same photo"):
+    with pytest.raises(data.InputError, match="other/2.jpg and 2.jpg mean the same photo"):
         data.find_photos(".", ["other/2.jpg", "2.jpg"])
 
 
@@ -1601,14 +1600,6 @@ def test_help_shows_the_defaults_of_the_data(capsys):
     assert "(default: 8)" in capsys.readouterr().out
 
 
-def test_the_command_works_in_a_thread(monkeypatch):
-    codes = []
-    thread = threading.Thread(target=lambda: codes.append(train_shapes(monkeypatch, "--epochs 1")))
-    thread.start()
-    thread.join()
-    assert codes == [0]
-
-
 @pytest.mark.parametrize("policy", ["PASSIVE", "ACTIVE"])
 def test_openmp_waits_passively_unless_told_otherwise(policy):
     begin = "import os, sys; os.environ.pop('OMP_WAIT_POLICY', 0); sys.modules['torch'] = None"
@@ -1655,6 +1646,12 @@ def album_run(album):
     shutil.copytree(album, ".", dirs_exist_ok=True)
 
 
+def test_a_run_without_a_checkpoint_begins_anew(album_run):
+    data.train_tokenizer(["other words"]).save_pretrained("new/tokenizer")  # of a run that was stopped early
+    assert train_album("--out new") == 0
+    finetune.tokenizer_of(finetune.from_pretrained("new"))  # an error if it isn't that of the model
+
+
 def replaced(old, new, file="photos/captions.csv"):
     """A function that replaces text of a file."""
     return lambda: Path(file).write_text(Path(file).read_text().replace(old, new))
@@ -1671,7 +1668,7 @@ BAD = (
     (lambda: Path(PHOTO).write_bytes(b"x"), "clip", "", f"{PHOTO} can't be read"),
     (lambda: os.truncate(PHOTO, 2000), "clip", "", f"{PHOTO} can't be read"),
     (lambda: Image.new("I;16", (9, 9)).save(PHOTO, "PNG"), "clip", "", f"{PHOTO} can't be read (it has more"),
-    (None, "clip", "--batch-size 31", "--batch-size must be at most 30, the number of photos"),
+    (None, "clip", "--batch-size 31", "--batch-size 31 is more than the 30 photos: give fewer"),
     (None, "clip", "--lr nan", "--lr nan is not between"),
     (None, "clip", "--epoch 3", "unrecognized arguments: --epoch"),
     (None, "clip", "--device cuda:99", "--device cuda:99 can't be used here"),
@@ -1686,7 +1683,7 @@ BAD = (
     (None, "finetune", "--base nowhere", "no CLIP in nowhere"),
     (None, "finetune", "--base old --data nowhere", "--data nowhere"),
     (None, "finetune", "--base old --r 0", "--r and --seeds must be at least 1"),
-    (None, "finetune", "--base old --alpha 0", "alpha=0.0"),
+    (None, "finetune", "--base old --alpha 0", "--alpha must be more than 0"),
     (None, "finetune", "--base old --targets query", "no Linear is named 'query'"),
     (None, "finetune", "--base old --classify nowhere", "no photos below nowhere"),
 )
