@@ -41,7 +41,7 @@ from torch import nn
 IS_TORCHRUN = dist.is_available() and dist.is_torchelastic_launched()
 RANK = int(os.environ["RANK"]) if IS_TORCHRUN else 0  # the number of this process
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if IS_TORCHRUN else 1  # how many there are
-SAVE_FRACTION = 0.05  # of the time may go to checkpoints: one of ViT-B/16 takes seconds to write
+SAVE_FRACTION = 0.05  # largest fraction of the time that is spent on writing checkpoints
 
 # --- Configuration ---------------------------------------------------------------------------------------
 
@@ -149,7 +149,8 @@ class Block(nn.Module):
         self.mlp = MLP(config, hidden_act)
 
     def forward(self, x, mask=None, context=None):
-        # x has 16 bits under autocast (see Encoder), but LayerNorm returns fp32. Cast once for q, k and v.
+        # Under autocast x has 16 bits (see Encoder), but LayerNorm returns fp32: cast it once, not in q, k
+        # and v each.
         if context is not None:
             context = self.layer_norm1(context).to(x.dtype)
         x = x + self.self_attn(self.layer_norm1(x).to(x.dtype), mask, context)
@@ -157,8 +158,8 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A stack of blocks, x (B, T, C) to (B, C). Returns the last block's output at one position of each
-    example, pool_index (B,) or one number for all. pool_mask is the mask of the query there."""
+    """A stack of blocks, x (B, T, C). Returns (B, C): the last block's output at position pool_index, which
+    is a tensor (B,) or an int. pool_mask is the mask of that one query."""
 
     def __init__(self, config, hidden_act):
         super().__init__()
@@ -323,7 +324,7 @@ def init_weights(model):
     for tower, config in ((model.vision_model, model.config.vision), (model.text_model, model.config.text)):
         C, L = config.hidden_size, config.num_hidden_layers
         # Each block adds to the residual stream twice, by out_proj and fc2. With the factor 1 / sqrt(2 L) the
-        # variance of the stream does not grow with the number of blocks (GPT-2).
+        # variance of the stream does not grow with the number of blocks (GPT-2). fc1's factor is OpenAI's.
         std = {"q_proj": C**-0.5, "k_proj": C**-0.5, "v_proj": C**-0.5, "out_proj": (2 * L * C) ** -0.5}
         std |= {"fc1": (2 * C) ** -0.5, "fc2": (2 * L * C) ** -0.5}
         for name, module in tower.encoder.named_modules():
@@ -419,9 +420,9 @@ def embed(model, split, batch_size=250):
 def evaluate(model, split):
     """Loss and recalls in percent: {"loss", "t2i_r1", ..., "i2t_r10"}.
 
-    A loss depends on how many photos are compared. This one is computed in groups of 64, in which a guess has
-    ln 64 = 4.159, five times with different captions, and averaged. An incomplete last group is dropped. The
-    loss can rise from overconfidence while recall still rises (open_clip #811)."""
+    A loss depends on how many photos are compared. This one is the mean over groups of 64 photos, or one
+    group of fewer, with five choices of captions. A guess has ln 64 = 4.159. An incomplete last group is
+    dropped. The loss can rise from overconfidence while recall still rises (open_clip #811)."""
     images, texts = embed(model, split)
     first, count = split.first_captions()  # (N,) each: index of a photo's first caption, number of captions
     size, losses = min(64, len(images)), []
@@ -447,8 +448,8 @@ def describe(row):
 
 @dataclass
 class Recipe:
-    """How to train. The defaults are for a ViT-B/16 on some thousand photos. Every setting is a flag. A value
-    out of range raises InputError."""
+    """How to train. The defaults are for a ViT-B/16 on a few thousand photos. Every setting is a flag. A
+    value out of range raises InputError."""
 
     # Each setting has its default, its least and largest value, and its help text.
     epochs: int = data.setting(60, 1, 1e6, "epochs; the last incomplete batch of each is dropped")
@@ -511,7 +512,7 @@ def make_batch(split, pairs, model, recipe):
         pixels = data.augment(photos, config.image_size, recipe)
     else:  # drawn scenes have none, as a crop would make "left" and "large" wrong: all views are the same
         pixels = data.normalize(photos).repeat_interleave(recipe.views, dim=0)
-    # cut: T is the same in every batch, so the text tower is compiled once. One caption in 1,000 loses words.
+    # cut: shorten all to one T, so that the text tower is compiled once. One caption in 1,000 loses words.
     ids = split.tokens(pairs[:, 1:].flatten(), device, cut=True)
     return pixels, data.augment_captions(ids, config, recipe.word_dropout)
 
@@ -532,8 +533,8 @@ def update_weights(model, optimizers, scaler, lr):
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # one odd batch can't throw the model far
-    # After an overflow in fp16 no gradient is usable: clipping by an infinite norm makes them 0. The scaler
-    # would skip only the optimizer of the gradient that overflowed, so skip both here.
+    # scaler.step skips only an optimizer whose own fp16 gradients overflowed. After clipping by an infinite
+    # norm, those of the other one are 0: skip both.
     overflow = scaler.is_enabled() and not norm.isfinite()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -569,14 +570,14 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
         compile_model(model)
 
     model.train()
-    saved, seconds_to_save = time.perf_counter(), 0.0
+    last_save, seconds_to_save = time.perf_counter(), 0.0
     for epoch in range(len(history), recipe.epochs):
         start, total = time.perf_counter(), 0.0
         pairs = split.pairs(recipe.seed, epoch, recipe.texts)  # (N, 1 + K), in another order each epoch
         for i, batch in enumerate(pairs[: steps_per_epoch * B].split(B)):
             step = epoch * steps_per_epoch + i
-            # Seed, step, process and (in train_step_general) micro-batch in one number: a resumed run draws
-            # the same crops and dropout.
+            # A seed for each step and process, to which train_step_general adds the micro-batch (below
+            # 2**12). So a resumed run draws the same crops and dropout.
             seed = recipe.seed * 2**40 + (step * WORLD_SIZE + RANK) * 2**12
             torch.manual_seed(seed)
             part = batch.chunk(WORLD_SIZE)[RANK]  # that of this process; with one GPU, all of it
@@ -594,7 +595,7 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
                 minutes = (steps - step - 1) / rate / 60
                 print(f"{text}  {rate * B:6,.0f} pairs/s  ETA {minutes:6.1f} min", flush=True)
 
-        # train_loss is that of photos and captions only, for which a guess has ln B.
+        # train_loss omits the other two terms of multiview_loss, so a guess has ln B.
         row = {"epoch": epoch + 1, "train_loss": float(total) / steps_per_epoch, "train_chance": math.log(B)}
         row |= evaluate(ema_model, splits["val"])
         if not math.isfinite(row["train_loss"] + row["loss"]):
@@ -604,10 +605,10 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
         text = f"epoch {epoch + 1:3d}/{recipe.epochs}  train {row['train_loss']:.4f}  val {describe(row)}"
         print(text, flush=True)
         now = time.perf_counter()
-        if RANK == 0 and (epoch + 1 == recipe.epochs or SAVE_FRACTION * (now - saved) > seconds_to_save):
+        if RANK == 0 and (epoch + 1 == recipe.epochs or SAVE_FRACTION * (now - last_save) > seconds_to_save):
             save_run(run_dir, settings, history, model, ema_model, optimizers, scaler)
-            saved = time.perf_counter()
-            seconds_to_save = saved - now
+            last_save = time.perf_counter()
+            seconds_to_save = last_save - now
     if WORLD_SIZE > 1:
         dist.barrier()  # the files of process 0 are complete when this returns
     return ema_model, history
@@ -681,10 +682,9 @@ def resume_run(run_dir, settings, model, ema_model, optimizers, scaler):
 
 @torch.no_grad()
 def init_mimetic(model):
-    """Let attention start as it ends in large trained models. The weights of k_proj resemble those of q_proj,
-    so a token attends to tokens like itself. Those of out_proj resemble those of v_proj, transposed and
-    negated, so the block subtracts from a token the mean of the tokens like it. A small data set hardly
-    teaches this. It simplifies mimetic initialisation (Trockman & Kolter 2023, arXiv:2305.09828)."""
+    """Set k_proj to q_proj: a token attends to tokens like itself. Set out_proj to -v_proj^T: since V^T V is
+    near I, a block subtracts the mean of those tokens. Large trained models look like this, but few photos
+    don't teach it. It simplifies mimetic initialisation (Trockman & Kolter 2023, arXiv:2305.09828)."""
     for tower in (model.vision_model, model.text_model):
         for block in tower.encoder.layers:
             attention = block.self_attn
@@ -747,7 +747,7 @@ def multiview_loss(model, image_embeds, text_embeds):
 
     def mean_loss(pairs):
         a, b = zip(*pairs)  # n pairs of (B, E)
-        logits = model.similarity(torch.stack(a), torch.stack(b))  # (n, B, B): contrastive_loss for all n
+        logits = model.similarity(torch.stack(a), torch.stack(b))  # (n, B, B): all at once, for speed
         labels = torch.arange(logits.shape[1], device=logits.device).repeat(len(logits))
         rows, columns = logits.flatten(0, 1), logits.mT.flatten(0, 1)  # (n B, B) each
         return (F.cross_entropy(rows, labels) + F.cross_entropy(columns, labels)) / 2
@@ -765,7 +765,7 @@ def multiview_loss(model, image_embeds, text_embeds):
 @torch.no_grad()
 def update_ema(ema_model, model, step):
     """ema = ema + (weights - ema) 3 / (4 + step): a moving average, which removes the noise of single steps.
-    It reaches back further as the run grows: its weights have a mean age of a quarter of the run so far."""
+    It reaches back further as the run grows: the mean age of what it averages is a quarter of the run."""
     averages = [p for p in ema_model.parameters() if p.requires_grad]
     weights = [p for p in model.parameters() if p.requires_grad]
     torch._foreach_lerp_(averages, weights, 3 / (4 + step))
@@ -795,7 +795,7 @@ def train_step_general(model, optimizers, scaler, pixels, ids, recipe, lr, seed=
     is_cached = len(pixel_parts) > 1
 
     def encode(i):
-        torch.manual_seed(seed + i)  # the same dropout in steps 1 and 3
+        torch.manual_seed(seed + 1 + i)  # the same dropout in steps 1 and 3
         with autocast(pixels.device):
             image_embeds, text_embeds = model.encode_image(pixel_parts[i]), model.encode_text(id_parts[i])
         return image_embeds.unflatten(0, (-1, recipe.views)), text_embeds.unflatten(0, (-1, recipe.texts))
@@ -806,8 +806,8 @@ def train_step_general(model, optimizers, scaler, pixels, ids, recipe, lr, seed=
     if is_cached:
         image_embeds.requires_grad_()
         text_embeds.requires_grad_()
-        # Start from zero gradients, not None. With None, PyTorch would keep the output buffer of a CUDA graph
-        # (see `graphed`) as p.grad, and the next replay would overwrite it.
+        # Several backward passes add to p.grad. If it were None, it would become the output buffer of a CUDA
+        # graph (see `graphed`), which the next replay overwrites.
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
     loss, photo_caption = multiview_loss(model, gather_rows(image_embeds), gather_rows(text_embeds))
@@ -819,8 +819,7 @@ def train_step_general(model, optimizers, scaler, pixels, ids, recipe, lr, seed=
             # By the chain rule, this sum has the same gradient with respect to the weights as the loss.
             ((images * image_grads[i]).sum() + (texts * text_grads[i]).sum()).backward()
     if WORLD_SIZE > 1:
-        # Each process has the same loss, so gather_rows makes the gradients WORLD_SIZE times too large. Take
-        # the mean over processes instead of the sum.
+        # Every process backpropagates the same whole loss, so the sum over processes has it WORLD_SIZE times.
         for p in model.parameters():
             if p.grad is not None:
                 dist.all_reduce(p.grad)
@@ -873,20 +872,21 @@ def compile_model(model):
     for tower in (model.vision_model, model.text_model):
         for block in tower.encoder.layers[:-1]:
             block.compile(dynamic=False)
-        tower.forward = graphed(copy.copy(tower))  # the copy keeps the forward function of now
+        tower.forward = graphed(tower)
 
 
 def graphed(tower):
-    """A forward function that records a CUDA graph of the tower for each new shape of x, then replays it.
-    make_graphed_callables overwrites the forward function of what it records, so it gets a shallow copy,
-    which shares the weights. The clone of x becomes the graph's input buffer."""
+    """A forward function for the tower that records a CUDA graph for each new shape of x, then replays it."""
     graphs, pool = {}, torch.cuda.graph_pool_handle()
+    eager = copy.copy(tower)  # it shares the weights, and keeps the forward function that this one replaces
 
     def forward(x):
         if x.shape not in graphs:
-            # Recording draws random numbers. fork_rng puts them back, so that a run does not depend on it.
+            # Recording draws random numbers: fork_rng restores the generator. make_graphed_callables
+            # overwrites the forward function of what it records (another copy), and keeps the clone as its
+            # input buffer.
             with torch.enable_grad(), torch.random.fork_rng([x.device]):
-                graphs[x.shape] = torch.cuda.make_graphed_callables(copy.copy(tower), (x.clone(),), pool=pool)
+                graphs[x.shape] = torch.cuda.make_graphed_callables(copy.copy(eager), (x.clone(),), pool=pool)
         return graphs[x.shape](x)
 
     return forward
@@ -935,7 +935,7 @@ def parse_args(argv):
     tokenizer = "openai/clip-vit-base-patch16"
     parser.add_argument("--tokenizer", default=tokenizer, help="hub name, folder, or `train` to train one")
     parser.add_recipe(Recipe())  # and --data, --captions, --photos, --out, --resume, --device, --compile
-    if parser.first_look(argv).data in data.DRAWN:  # drawn worlds have defaults of their own
+    if parser.first_look(argv).data in data.DRAWN:  # parse once to learn --data, on which defaults depend
         drawn = {"model": "tiny", "text": "causal", "init": "openai", "tokenizer": "train"}
         parser.set_defaults(**drawn, **asdict(DRAWN_RECIPE))
     args = parser.parse_args(argv)
@@ -946,11 +946,11 @@ def parse_args(argv):
 def run(args):
     recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
     device = open_device(args.device)
-    if device.type == "cpu" and args.model == "ViT-B/16" and not recipe.micro_batch:  # memory for 128 photos
+    if device.type == "cpu" and args.model == "ViT-B/16" and not recipe.micro_batch:  # too little memory
         raise data.InputError("ViT-B/16 needs a GPU: add --model tiny --tokenizer train, or --micro-batch 8")
     config = replace(PRESETS[args.model], causal=args.text == "causal")
     splits, tokenizer = open_data(args, device, args.tokenizer, config)
-    if RANK == 0 and not (args.out / "checkpoint.pt").exists():  # a resumed run must have the same tokens
+    if RANK == 0 and not (args.out / "checkpoint.pt").exists():  # a resumed run keeps its own
         with data.atomic(args.out / "tokenizer") as temporary:
             tokenizer.save_pretrained(temporary)
     torch.manual_seed(recipe.seed)  # the same weights in every process

@@ -391,9 +391,7 @@ def find_photos(folder, names):
             found[name] = paths[0]
             other = name_of.setdefault(paths[0], name)
             if other != name:
-                raise InputError(
-                    f"{other} and {name} mean the same photo, {paths[0]}: mend the captions file"
-                )
+                raise InputError(f"{other} and {name} mean the same photo, {paths[0]}: mend the table")
     missing = [name for name in names if name not in found]
     if missing:
         text = f"{len(missing)} of {len(names)} photos are missing below {folder}, for example {missing[0]}"
