@@ -15,6 +15,7 @@ Data, loss, metrics and training loop are those of clip.py.
 
 import contextlib
 import copy
+import json
 import statistics
 import sys
 from dataclasses import asdict, dataclass, fields, replace
@@ -42,7 +43,7 @@ def load_run(run_dir):
     config |= {name: TowerConfig(**config[name]) for name in ("vision", "text")}
     model = CLIP(CLIPConfig(**config))
     if checkpoint["ema_model"].keys() != model.state_dict().keys():
-        raise InputError(f"{run_dir} holds an adapter: open its base, then call lora.load_adapter")
+        raise InputError(f"{run_dir} holds an adapter whose training has not ended: resume it first")
     model.load_state_dict(checkpoint["ema_model"])
     return model
 
@@ -107,12 +108,30 @@ def load_released(name, tokenizer):
     return model
 
 
+def load_adapted(folder, tokenizer):
+    """The base that an adapter's folder names, with the adapter merged, and its tokenizer."""
+    base = json.loads((Path(folder) / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = from_pretrained(base, tokenizer)
+    lora.load_adapter(model, folder)
+    lora.merge(model)
+    plain = CLIP(model.config)
+    plain.load_state_dict({name: x for name, x in model.state_dict().items() if ".lora_" not in name})
+    return plain, model.tokenizer_path
+
+
 def from_pretrained(name_or_dir, tokenizer=None):
-    """The CLIP of a run of clip.py, a Hugging Face folder or a hub name, in eval mode on the CPU. tokenizer:
-    folder or hub name of its tokenizer, if it isn't beside the weights."""
-    is_run = (Path(name_or_dir) / "checkpoint.pt").exists()
-    tokenizer = tokenizer or (Path(name_or_dir) / "tokenizer" if is_run else name_or_dir)
-    model = load_run(name_or_dir) if is_run else load_released(name_or_dir, tokenizer)
+    """The CLIP of a run of clip.py, an adapter, a Hugging Face folder or a hub name, in eval mode on the CPU.
+    tokenizer: folder or hub name of its tokenizer, if it isn't beside the weights."""
+    folder = Path(name_or_dir)
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        try:
+            model, tokenizer = load_adapted(folder, tokenizer)
+        except (KeyError, ValueError) as error:
+            raise InputError(f"can't open the adapter in {folder}: {data.first_line(error)}") from error
+    else:
+        is_run = (folder / "checkpoint.pt").exists()
+        tokenizer = tokenizer or (folder / "tokenizer" if is_run else name_or_dir)
+        model = load_run(folder) if is_run else load_released(name_or_dir, tokenizer)
     model.name_or_path, model.tokenizer_path = str(name_or_dir), str(tokenizer)
     return model.eval()
 
@@ -355,7 +374,9 @@ def draw_study(path, rows, judged):
 
 def parse_args(argv):
     parser = data.Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--base", default="openai/clip-vit-base-patch16", help="run, folder or hub name")
+    parser.add_argument(
+        "--base", default="openai/clip-vit-base-patch16", help="run, adapter, folder or hub name"
+    )
     parser.add_argument("--tokenizer", metavar="NAME", help="folder or hub name; None is the base's own")
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--classify", metavar="FOLDER", help="find the CLASS of each photo FOLDER/CLASS/*")
