@@ -304,9 +304,10 @@ def read_rows(path):
         for row in table:
             photos = [row[name] for name in PHOTO_COLUMNS & set(row)]
             captions = [row[name] for name in CAPTION_COLUMNS & set(row)]
-            is_whole = None not in photos + captions and None not in row  # row[None]: cells beyond the header
-            if not is_whole or len(photos) != 1 or len(captions) != 1:
-                raise ValueError(f"not one photo and one caption in {str(row)[:70]}")
+            if len(photos) != 1 or len(captions) != 1:
+                raise ValueError(f"not one photo and one caption column among {', '.join(map(str, row))}")
+            if None in photos + captions or None in row:  # a missing cell, or cells beyond the header
+                raise ValueError(f"too few or too many cells beside {photos[0]}: put captions in quotes")
             if "raw" in row:  # the hub's file has the five captions of a photo as a JSON list in one cell
                 captions = json.loads(captions[0])
             yield photos[0], row.get("split"), captions

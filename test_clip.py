@@ -995,9 +995,9 @@ def test_documented_tables_are_read(photo, caption, form):
 MALFORMED = {
     "an empty file": ("a.csv", b"", "has no captions"),
     "another encoding": ("a.csv", "image,caption\n1.jpg,Stra\xdfe\n".encode("cp1252"), "not UTF-8 in line 2"),
-    "two photo columns": ("a.csv", b"image,filename\n1.jpg,a dog\n", "not one photo and one caption.*1.jpg"),
-    "no photo column": ("a.csv", b"name,caption\n1.jpg,a dog\n", "not one photo and one caption.*1.jpg"),
-    "too many cells": ("a.csv", b"image,caption\n1.jpg,a dog, running\n", "not one photo and one caption"),
+    "two photo columns": ("a.csv", b"image,filename\n1.jpg,a dog\n", "not one photo.*image, filename"),
+    "too many cells": ("a.csv", b"image,caption\n1.jpg,a dog, running\n", "beside 1.jpg: put captions in"),
+    "semicolons": ("a.csv", b"image;caption\n1.jpg;a dog\n", "not one photo.*image;caption"),
     "an open quote": ("a.csv", b'image,caption\n1.jpg,"a dog\n', "unexpected end"),
     "another split": ("a.csv", b"image,caption,split\n1.jpg,a dog,tst\n", "'tst', not train, val or test"),
     "a bad line": ("results.csv", b"image_name| comment_number| comment\n1.jpg a dog\n", "in '1.jpg a dog'"),
