@@ -829,11 +829,11 @@ def train_step_general(model, optimizers, scaler, pixels, ids, recipe, lr, seed=
 
 
 def open_device(name):
-    """The torch.device of this name. With torchrun, also connect its processes. InputError for no device."""
+    """The torch.device of this name. With torchrun, also connect its processes."""
     try:
         device = torch.zeros(1, device=name).device  # with an index, as in "cuda:0"
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without CUDA
-        raise data.InputError(f"--device {name} can't be used here: use cpu, or cuda:N or mps") from error
+        raise data.InputError(f"--device {name} can't be used here: use cpu, cuda:N or mps") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if WORLD_SIZE > 1 and not dist.is_initialized():

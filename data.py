@@ -321,7 +321,7 @@ def read_captions(folder, path=None):
     photos = {}
     try:
         for name, split, sentences in read_rows(path):
-            "".join([name, *sentences]).encode()  # an error if one is not text, or not valid Unicode
+            "".join([name, *sentences]).encode()  # fails if one is not text, or not valid Unicode
             if any("\n" in sentence.strip() for sentence in sentences):  # perhaps a quote that was not closed
                 print(f"warning: a caption of {name} has several lines in {path}", file=sys.stderr)
             if split and split not in SPLITS:
@@ -352,7 +352,7 @@ def with_splits(photos):
     if missing:
         print("splits    by a hash of the photos' names: recall does not compare with published figures")
     order = sorted(missing, key=lambda name: zlib.crc32(PurePosixPath(name).name.encode()))
-    few = len(order) < 1000  # a tenth is for val; otherwise a twentieth for val and one for test
+    few = len(order) < 1000  # then a tenth is for val, otherwise a twentieth each for val and test
     count = max(2, len(order) // 10) if few else len(order) // 20
     splits = dict.fromkeys(order, "train") | dict.fromkeys(order[:count], "val")
     if not few:
@@ -385,7 +385,7 @@ def find_photos(folder, names):
     found, name_of = {}, {}
     for name in names:
         paths = files.get(PurePosixPath(name).name, [])
-        paths = [path for path in paths if path == Path(folder, name)] or paths  # rather the exact path
+        paths = [path for path in paths if path == Path(folder, name)] or paths  # prefer the exact path
         if len(paths) > 1:
             raise InputError(f"the photo {name} may be {paths[0]} or {paths[1]}: use relative paths as names")
         if paths:
@@ -765,7 +765,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def use_cpu_quota():
-    """Use no more threads than a container's CPU quota allows: it would stop them all in turn."""
+    """Use no more threads than a container's CPU quota allows, since the system pauses the rest."""
     quota = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000" is two cores, "max 100000" is no quota
     allowed, period = quota.read_text().split() if quota.exists() else ("max", "1")
     if allowed != "max":

@@ -169,7 +169,7 @@ def save_pretrained(model, folder, tokenizer=None):
     with torch.device("meta"):
         options = dict(text_config=text, vision_config=vision, projection_dim=c.projection_dim)
         released = transformers.CLIPModel(transformers.CLIPConfig(**options))
-    weights = {name: weight for name, weight in model.state_dict().items() if ".lora_" not in name}
+    weights = {name: x for name, x in model.state_dict().items() if ".lora_" not in name}
     released.load_state_dict(weights, assign=True)
     released.save_pretrained(folder)
     pixels = transformers.CLIPImageProcessor(size={"shortest_edge": c.image_size}, crop_size=c.image_size)
@@ -210,15 +210,14 @@ def adapt(base, splits, recipe, run_dir, resume=False, compile=False):
             raise InputError(str(error)) from error
         # Autocast would round the frozen fp32 weights in every step. Round them once, for the training.
         dtype = clip.autocast_dtype(model.logit_scale.device)
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.data = module.weight.data.to(dtype)
+        for linear in lora.linears_of(model).values():
+            linear.weight.data = linear.weight.data.to(dtype)
     trainable, total = lora.trainable_parameters(model)
     print(f"\n{run_dir.name}: training {trainable:,} of {total:,} parameters, {trainable / total:.2%}")
     model, history = clip.train(model, splits, recipe, run_dir, resume, compile)
-    for name, module in model.named_modules():
-        if recipe.r and isinstance(module, nn.Linear):
-            module.weight.data = base.get_submodule(name).weight.data  # in fp32 again
+    if recipe.r:
+        for name, linear in lora.linears_of(model).items():
+            linear.weight.data = base.get_submodule(name).weight.data  # in fp32 again
     if clip.RANK == 0:
         data.draw_curve(run_dir / "curve.png", history, len(splits["val"].photos))
         if recipe.r:
@@ -297,8 +296,10 @@ def own_data(base):
     checkpoint, splits = clip.load_checkpoint(run_dir), {}
     source = checkpoint["source"]
     if source in data.DRAWN or Path(source).exists():  # do not download it again
+        sizes = c.image_size, c.max_position_embeddings
+        few = 2 if source in data.DRAWN else 0  # drawing all training scenes would take seconds for nothing
         with contextlib.suppress(InputError):
-            splits, _ = data.load(source, base.tokenizer_path, c.image_size, c.max_position_embeddings)
+            splits, _ = data.load(source, base.tokenizer_path, *sizes, limit=few)
     if splits and splits["val"].fingerprint() in checkpoint["data"]:
         return {f"{Path(source).name} val": splits["val"]}
     print(f"the base's own data, {source}, have moved or changed: what it forgets is not shown")

@@ -83,7 +83,7 @@ def linears_of(model):
 
 def find_targets(model, targets):
     """The names of the Linears to adapt. A target is one or more whole components of a name, such as
-    "q_proj", "layers.0" or "vision_model", and means all Linears with these. "all-linear" means all."""
+    "q_proj", "layers.0" or "vision_model". It selects all Linears that have it, "all-linear" selects all."""
     linears, chosen = linears_of(model), []
     for target in [targets] if isinstance(targets, str) else targets:
         # The dots keep "proj" from matching "q_proj".
