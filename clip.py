@@ -829,7 +829,7 @@ def train_step_general(model, optimizers, scaler, pixels, ids, recipe, lr, seed=
 
 
 def open_device(name):
-    """The torch.device of this name. With torchrun, also connect its processes."""
+    """The torch.device of this name. With torchrun, connect its processes. InputError if it can't be used."""
     try:
         device = torch.zeros(1, device=name).device  # with an index, as in "cuda:0"
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without CUDA
