@@ -114,9 +114,7 @@ def load_adapted(folder, tokenizer):
     model = from_pretrained(base, tokenizer)
     lora.load_adapter(model, folder)
     lora.merge(model)
-    plain = CLIP(model.config)
-    plain.load_state_dict({name: x for name, x in model.state_dict().items() if ".lora_" not in name})
-    return plain, model.tokenizer_path
+    return model.requires_grad_(True), model.tokenizer_path
 
 
 def from_pretrained(name_or_dir, tokenizer=None):
@@ -156,7 +154,7 @@ def save_pretrained(model, folder, tokenizer=None):
     c = model.config
     if not c.causal:
         raise InputError("Hugging Face's CLIP has no BERT-style text tower: train with --text causal")
-    if not all(getattr(module, "merged", True) for module in model.modules()):
+    if any(".lora_" in name for name in model.state_dict()):
         raise InputError("the adapters are not merged: call lora.merge(model) first")
     tokenizer = copy.deepcopy(tokenizer or tokenizer_of(model))  # a copy, since model_max_length changes
     check_tokenizer(model, tokenizer)
@@ -169,8 +167,7 @@ def save_pretrained(model, folder, tokenizer=None):
     with torch.device("meta"):
         options = dict(text_config=text, vision_config=vision, projection_dim=c.projection_dim)
         released = transformers.CLIPModel(transformers.CLIPConfig(**options))
-    weights = {name: x for name, x in model.state_dict().items() if ".lora_" not in name}
-    released.load_state_dict(weights, assign=True)
+    released.load_state_dict(model.state_dict(), assign=True)
     released.save_pretrained(folder)
     pixels = transformers.CLIPImageProcessor(size={"shortest_edge": c.image_size}, crop_size=c.image_size)
     transformers.CLIPProcessor(pixels, tokenizer).save_pretrained(folder)

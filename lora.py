@@ -44,7 +44,6 @@ class LoRALinear(nn.Linear):
         # As in peft, A is uniform within 1 / sqrt(in). B is 0, so an adapted model starts as the base.
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.strength = 1.0  # 0 gives the base, 1 the adapted model
-        self.merged = False
         self.train(base.training)  # a new module is in training mode, but its base may be in eval mode
 
     @property
@@ -53,8 +52,6 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)  # (..., out)
-        if self.merged:
-            return y
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.lora_A.dtype)
         # peft scales the output of B. Scaling its input is the same and cheaper: a token has r numbers there.
@@ -96,8 +93,7 @@ def find_targets(model, targets):
 
 
 def insert(model, settings, dropout, use_rslora):
-    """Replace the Linears of settings {name: (r, alpha)} by LoRALinears, and freeze everything but adapters.
-    Adapters that are merged become plain Linears first."""
+    """Replace the Linears of settings {name: (r, alpha)} by LoRALinears, and freeze everything else."""
     if not settings:
         raise ValueError("there is no Linear to adapt: name some as targets")
     for name, (r, alpha) in settings.items():
@@ -105,16 +101,11 @@ def insert(model, settings, dropout, use_rslora):
             given = f"not r={r!r}, alpha={alpha!r}, dropout={dropout}"
             raise ValueError(f"r must be an integer >= 1, alpha > 0 and 0 <= dropout < 1, {given}")
         linear = model.get_submodule(name)
-        if isinstance(linear, LoRALinear) and not linear.merged:
+        if isinstance(linear, LoRALinear):
             raise ValueError(f"{name} has an adapter already: merge it, or start again from the base")
         # The out_proj of nn.MultiheadAttention is a subclass of Linear and is never called (peft #761).
-        if type(linear) not in (nn.Linear, LoRALinear):
+        if type(linear) is not nn.Linear:
             raise ValueError(f"{name} is a {type(linear).__name__}, where LoRA may have no effect: omit it")
-    for name, layer in linears_of(model).items():
-        if isinstance(layer, LoRALinear) and layer.merged:
-            plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-            plain.weight, plain.bias = layer.weight, layer.bias
-            model.set_submodule(name, plain.train(layer.training))
     for name, (r, alpha) in settings.items():
         model.set_submodule(name, LoRALinear(model.get_submodule(name), r, alpha, dropout, use_rslora))
     for name, parameter in model.named_parameters():
@@ -138,38 +129,25 @@ def trainable_parameters(model):
 
 
 def set_strength(model, strength):
-    """Scale the adapters: 0 gives the base, 1 the adapted model. ValueError if they are merged."""
-    layers = adapters(model).values()
-    if any(layer.merged for layer in layers):
-        raise ValueError("the adapters are merged: unmerge(model) first")
-    for layer in layers:
+    """Scale the adapters: 0 gives the base, 1 the adapted model."""
+    for layer in adapters(model).values():
         layer.strength = strength
 
 
 @torch.no_grad()
 def merge(model):
-    """Add each adapter to its weight: the same function, without extra work. In some libraries eval() does
-    this, and a state dict that is saved after it holds changed weights (peft #1035)."""
-    layers = adapters(model).values()
-    if any(layer.merged for layer in layers):
-        raise ValueError("the adapters are merged already")
-    deltas = [layer.delta() for layer in layers]
+    """Add each adapter to its weight and put a plain Linear in its place: the same function without extra
+    work, as peft's merge_and_unload. In some libraries eval() merges, and a state dict that is saved after it
+    holds changed weights (peft #1035)."""
+    layers = adapters(model)
+    deltas = [layer.delta() for layer in layers.values()]
     if not all(delta.isfinite().all() for delta in deltas):
         raise ValueError("an adapter holds NaN or infinity: merging it would spoil the base")
-    for layer, delta in zip(layers, deltas):
-        layer.weight.data = (layer.weight + delta).to(layer.weight.dtype)
-        layer.merged = True
-
-
-@torch.no_grad()
-def unmerge(model):
-    """Subtract the adapters from the weights again: the base, but for rounding."""
-    layers = adapters(model).values()
-    if not all(layer.merged for layer in layers):
-        raise ValueError("the adapters are not merged")
-    for layer in layers:
-        layer.weight.data = (layer.weight - layer.delta()).to(layer.weight.dtype)
-        layer.merged = False
+    for (name, layer), delta in zip(layers.items(), deltas):
+        plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        weight = (layer.weight + delta).to(layer.weight.dtype)  # a new one: other models may share the old
+        plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), layer.bias
+        model.set_submodule(name, plain.train(layer.training))
 
 
 # --- Files, as peft writes and reads them ----------------------------------------------------------------

@@ -824,14 +824,14 @@ def test_vit_b_16_and_lora_have_published_sizes():
 @torch.no_grad()
 def test_merged_equals_unmerged_and_pefts_merge():
     ours, theirs, inputs = lora_pair()
-    base = {name: p.clone() for name, p in ours.state_dict().items()}
+    sharing = copy.deepcopy(ours, {id(p): p for p in ours.parameters()})  # as the EMA shares frozen weights
     unmerged = ours(**inputs).logits_per_image
     lora.merge(ours)
     assert difference(ours(**inputs).logits_per_image, unmerged) < 1e-5
-    assert difference(theirs.merge_and_unload()(**inputs).logits_per_image, unmerged) < 1e-5
-    assert difference(ours.state_dict(), base) > 1e-2
-    lora.unmerge(ours)
-    assert difference(ours.state_dict(), base) < 1e-6
+    assert difference(sharing(**inputs).logits_per_image, unmerged) == 0
+    theirs = theirs.merge_and_unload()
+    assert difference(theirs(**inputs).logits_per_image, unmerged) < 1e-5
+    assert ours.state_dict().keys() == theirs.state_dict().keys()  # plain Linears again
 
 
 @torch.no_grad()
@@ -897,7 +897,6 @@ ERRORS = {
     "hidden Linear": (lambda: lora.add_lora(HIDDEN, 2, 4, 0, "out_proj"), "may have no effect"),
     "adapted twice": (lambda: lora.add_lora(adapted(), 4, 8), "has an adapter already"),
     "nothing to merge": (lambda: lora.merge(small_model()), "has no adapters"),
-    "nothing to unmerge": (lambda: lora.unmerge(adapted()), "not merged"),
     "no such folder": (
         lambda: lora.load_adapter(small_model(), "nowhere"),
         "nowhere is not the folder of an adapter",
