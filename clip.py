@@ -517,9 +517,8 @@ def make_batch(split, pairs, model, recipe):
     return pixels, data.augment_captions(ids, config, recipe.word_dropout)
 
 
-def train_step(model, optimizers, scaler, pixels, ids, recipe, lr, seed):
-    """One step on B photos (B, 3, S, S) and their captions (B, T). Returns the loss. `recipe` and `seed` are
-    not used: train_step_general, for several crops or GPUs, has the same parameters."""
+def train_step(model, optimizers, scaler, pixels, ids, lr):
+    """One step on B photos (B, 3, S, S) and their captions (B, T). Returns the loss."""
     with autocast(pixels.device):
         logits = model(pixels, ids)  # (B, B)
     loss = contrastive_loss(logits)
@@ -557,15 +556,13 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
     steps_per_epoch = len(split.photos) // B
     steps = recipe.epochs * steps_per_epoch
     is_plain = recipe.views == recipe.texts == WORLD_SIZE == 1 and not recipe.micro_batch
-    step_function = train_step if is_plain else train_step_general
     model.vision_model.embeddings.patch_dropout = recipe.patch_dropout
     optimizers = make_optimizers(model, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=autocast_dtype(device) == torch.float16)
-    # deepcopy does not copy what its second argument holds, so both models share the frozen parameters.
-    ema_model = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad}).eval()
+    ema_model = copy.deepcopy(model).eval()
     settings = {"config": asdict(model.config), "recipe": asdict(recipe), "source": split.source}
     settings["data"] = [part.fingerprint() for part in splits.values()]
-    history = resume_run(run_dir, settings, model, ema_model, optimizers, scaler) if resume else []
+    history = resume_run(run_dir, settings, model, ema_model, optimizers) if resume else []
     if compile:
         compile_model(model)
 
@@ -576,15 +573,17 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
         pairs = split.pairs(recipe.seed, epoch, recipe.texts)  # (N, 1 + K), in another order each epoch
         for i, batch in enumerate(pairs[: steps_per_epoch * B].split(B)):
             step = epoch * steps_per_epoch + i
-            # A seed for each step and process, to which train_step_general adds the micro-batch (below
-            # 2**12). So a resumed run draws the same crops and dropout.
-            seed = recipe.seed * 2**40 + (step * WORLD_SIZE + RANK) * 2**12
-            torch.manual_seed(seed)
+            # Each step and process has its own seed, so a resumed run draws the same crops and dropout.
+            # train_step_general adds the number of a micro-batch, which is below 2**12.
+            torch.manual_seed(recipe.seed * 2**40 + (step * WORLD_SIZE + RANK) * 2**12)
             part = batch.chunk(WORLD_SIZE)[RANK]  # that of this process; with one GPU, all of it
             pixels, ids = make_batch(split, part, model, recipe)
             # Constant after the warm-up. It need not decay, since update_ema averages out the noise of steps.
             lr = recipe.lr * min(1, (step + 1) / max(1, recipe.warmup * steps_per_epoch))
-            loss = step_function(model, optimizers, scaler, pixels, ids, recipe, lr, seed)
+            if is_plain:
+                loss = train_step(model, optimizers, scaler, pixels, ids, lr)
+            else:
+                loss = train_step_general(model, optimizers, scaler, pixels, ids, lr, recipe)
             update_ema(ema_model, model, step)
             total += loss  # a tensor, so the CPU does not wait for the GPU
             if (step + 1) % max(10, steps // 40) == 0:  # about 40 lines in a long run
@@ -606,7 +605,7 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
         print(text, flush=True)
         now = time.perf_counter()
         if RANK == 0 and (epoch + 1 == recipe.epochs or SAVE_FRACTION * (now - last_save) > seconds_to_save):
-            save_run(run_dir, settings, history, model, ema_model, optimizers, scaler)
+            save_run(run_dir, settings, history, model, ema_model, optimizers)
             last_save = time.perf_counter()
             seconds_to_save = last_save - now
     if WORLD_SIZE > 1:
@@ -627,10 +626,9 @@ def weights_of(model):
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def save_run(run_dir, settings, history, model, ema_model, optimizers, scaler):
+def save_run(run_dir, settings, history, model, ema_model, optimizers):
     """Write log.csv and checkpoint.pt, each whole or not at all."""
-    state = {"history": history, "scaler": scaler.state_dict()}
-    state |= {"ema_model": weights_of(ema_model), "model": weights_of(model)}
+    state = {"history": history, "ema_model": weights_of(ema_model), "model": weights_of(model)}
     state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
     write_csv(Path(run_dir) / "log.csv", history)
     with data.atomic(Path(run_dir) / "checkpoint.pt") as temporary:
@@ -641,7 +639,7 @@ def load_checkpoint(run_dir):
     """The dictionary that save_run wrote, on the CPU. InputError if it can't be read."""
     try:  # with weights_only, torch.load runs no code
         state = torch.load(Path(run_dir) / "checkpoint.pt", map_location="cpu", weights_only=True)
-        keys = {"config", "recipe", "data", "source", "history", "ema_model", "model", "optimizers", "scaler"}
+        keys = {"config", "recipe", "data", "source", "history", "ema_model", "model", "optimizers"}
         if not keys <= state.keys():
             raise KeyError
         return state
@@ -650,7 +648,7 @@ def load_checkpoint(run_dir):
         raise data.InputError(message) from error
 
 
-def resume_run(run_dir, settings, model, ema_model, optimizers, scaler):
+def resume_run(run_dir, settings, model, ema_model, optimizers):
     """Restore what save_run saved and return the history, empty if there is no checkpoint yet. InputError if
     the model, the recipe or the data differ; only the number of epochs and micro_batch may."""
     if not (Path(run_dir) / "checkpoint.pt").exists():
@@ -666,8 +664,6 @@ def resume_run(run_dir, settings, model, ema_model, optimizers, scaler):
             raise data.InputError(f"{run_dir} can't be resumed: {difference}. Give another --out")
     model.load_state_dict(state["model"], strict=False)  # a checkpoint has only the weights that are trained
     ema_model.load_state_dict(state["ema_model"], strict=False)
-    if state["scaler"]:  # {} if the run was begun without fp16
-        scaler.load_state_dict(state["scaler"])
     for optimizer, optimizer_state in zip(optimizers, state["optimizers"]):
         optimizer.load_state_dict(optimizer_state)
     print(f"resumed   after epoch {len(state['history'])}")
@@ -780,7 +776,7 @@ def gather_rows(x):
     return torch.cat(dist_nn.all_gather(x)) if WORLD_SIZE > 1 else x
 
 
-def train_step_general(model, optimizers, scaler, pixels, ids, recipe, lr, seed=0):
+def train_step_general(model, optimizers, scaler, pixels, ids, lr, recipe):
     """train_step for V crops (B V, 3, S, S) and K captions (B K, T) of each photo, micro-batches and several
     processes. The loss compares all pairs of all processes, but a GPU encodes only micro_batch photos at a
     time:
@@ -792,7 +788,7 @@ def train_step_general(model, optimizers, scaler, pixels, ids, recipe, lr, seed=
     This is gradient caching (Gao et al. 2021, arXiv:2101.06983): the gradient is that of the whole batch."""
     size = recipe.micro_batch or len(pixels) // recipe.views
     pixel_parts, id_parts = pixels.split(size * recipe.views), ids.split(size * recipe.texts)
-    is_cached = len(pixel_parts) > 1
+    is_cached, seed = len(pixel_parts) > 1, torch.initial_seed()  # the seed of this step
 
     def encode(i):
         torch.manual_seed(seed + 1 + i)  # the same dropout in steps 1 and 3
