@@ -9,11 +9,13 @@
 
 Two transformers learn vectors in which a photo is more similar to its own caption than to any other. Modules
 have the names of Hugging Face's CLIPModel, so released weights load unchanged. On a first reading, stop after
-`train`. The letters in the shapes of tensors:
+`train`, and believe the docstrings of what it calls. The letters in the shapes of tensors:
 
     B photos in a batch, V crops and K captions of each        N photos and M captions in a split
     S x S pixels in a photo, P x P pixels in a patch           E numbers in an embedding (projection_dim)
     T tokens: a class token and patches, or subwords           C channels (hidden_size), H heads of D = C / H
+
+A tower calls all that it is given B, B V crops or B K captions too.
 """
 
 import copy
@@ -28,7 +30,7 @@ from datetime import timedelta
 from itertools import combinations, product
 from pathlib import Path
 
-import data  # before torch, because it sets an environment variable that torch reads
+import data  # before torch, because it sets OMP_WAIT_POLICY for torch
 
 # isort: split
 import torch
@@ -41,19 +43,22 @@ from torch import nn
 IS_TORCHRUN = dist.is_available() and dist.is_torchelastic_launched()
 RANK = int(os.environ["RANK"]) if IS_TORCHRUN else 0  # the number of this process
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if IS_TORCHRUN else 1  # how many there are
-SAVE_FRACTION = 0.05  # largest fraction of the time that is spent on writing checkpoints
 
 # --- Configuration ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True)  # so that it may be a default value in CLIPConfig
 class TowerConfig:
-    """The size of one transformer: width, layers, heads and width of the MLP, in Hugging Face's names."""
+    """One transformer: width, layers, heads, width of the MLP and activation, in Hugging Face's names.
+
+    hidden_act: "quick_gelu", as in released weights, or "gelu", which is faster on CPUs.
+    """
 
     hidden_size: int
     num_hidden_layers: int
     num_attention_heads: int
     intermediate_size: int
+    hidden_act: str = "quick_gelu"
 
 
 @dataclass
@@ -62,7 +67,6 @@ class CLIPConfig:
 
     causal: True is OpenAI's text tower, in which a token attends to itself and the tokens before it. False is
     a BERT-style text tower, in which every token attends to the whole caption.
-    hidden_act: "quick_gelu", as in released weights, or "gelu", which is faster on CPUs.
     """
 
     vision: TowerConfig = TowerConfig(768, 12, 12, 3072)
@@ -73,14 +77,13 @@ class CLIPConfig:
     max_position_embeddings: int = 77
     eos_token_id: int = 49407
     projection_dim: int = 512
-    hidden_act: str = "quick_gelu"
     causal: bool = False
 
 
-TINY_TOWERS = TowerConfig(96, 3, 6, 384), TowerConfig(64, 2, 4, 256)
+TINY_TOWERS = TowerConfig(96, 3, 6, 384, "gelu"), TowerConfig(64, 2, 4, 256, "gelu")
 PRESETS = {
     "ViT-B/16": CLIPConfig(),
-    "tiny": CLIPConfig(*TINY_TOWERS, image_size=48, patch_size=12, projection_dim=96, hidden_act="gelu"),
+    "tiny": CLIPConfig(*TINY_TOWERS, image_size=48, patch_size=12, projection_dim=96),
 }
 
 # --- The model -------------------------------------------------------------------------------------------
@@ -89,34 +92,32 @@ PRESETS = {
 class Attention(nn.Module):
     """Multi-head attention: softmax(Q K^T / sqrt(D)) V in each of H heads (Vaswani et al. 2017, eq. 1).
 
-    Queries come from x (B, T', C), keys and values from context (B, T, C). The result is (B, T', C). context
-    is x, except in the last block, where x is a single token (see Encoder). mask broadcasts to (B, H, T', T);
-    where it is False, the attention weight is 0.
+    Queries come from x (B, Q, C), keys and values from context (B, T, C). The result is (B, Q, C). mask
+    broadcasts to (B, H, Q, T); where it is False, the attention weight is 0.
     """
 
     def __init__(self, config):
         super().__init__()
         self.num_heads = config.num_attention_heads
-        # Four Linears, each of which LoRA can replace. nn.MultiheadAttention would use its Linear's weights
+        # Four Linears, because lora.py replaces Linears. nn.MultiheadAttention uses its Linear's weights
         # without calling it, so a LoRA layer in its place would never run (peft #761).
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x, mask=None, context=None):
-        context = x if context is None else context
+    def forward(self, x, context, mask=None):
         heads = (self.num_heads, -1)  # splits C into (H, D)
-        q = self.q_proj(x).unflatten(-1, heads).transpose(1, 2)  # (B, H, T', D)
+        q = self.q_proj(x).unflatten(-1, heads).transpose(1, 2)  # (B, H, Q, D)
         k = self.k_proj(context).unflatten(-1, heads).transpose(1, 2)  # (B, H, T, D)
         v = self.v_proj(context).unflatten(-1, heads).transpose(1, 2)  # (B, H, T, D)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, T', D)
-        return self.out_proj(x.transpose(1, 2).flatten(2))  # (B, T', C)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, Q, D)
+        return self.out_proj(x.transpose(1, 2).flatten(2))  # (B, Q, C)
 
 
 def quick_gelu(x):
-    """OpenAI's approximation of GELU. A model that was trained with one of the two is less accurate if it is
-    run with the other (open_clip #771)."""
+    """OpenAI's approximation of GELU. Weights that were trained with one of the two need it (open_clip
+    #771)."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -126,10 +127,10 @@ ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 class MLP(nn.Module):
     """Two Linears with an activation between them, applied to each token separately."""
 
-    def __init__(self, config, hidden_act):
+    def __init__(self, config):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation_fn = ACTIVATIONS[hidden_act]
+        self.activation_fn = ACTIVATIONS[config.hidden_act]
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
@@ -137,46 +138,43 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x (B, T', C) to (B, T', C), with a context as in Attention. Attention and
-    MLP each read a normed copy of x and add their result to x, so deep stacks train easily (Xiong et al.
-    2020, arXiv:2002.04745)."""
+    """Pre-norm transformer block, x (B, T, C) to (B, T, C). Attention and MLP each read a normed copy of x
+    and add their result to x, so deep stacks train easily (Xiong et al. 2020, arXiv:2002.04745). `queries`
+    picks tokens of x: the block then computes the output of these alone, from the keys and values of all."""
 
-    def __init__(self, config, hidden_act):
+    def __init__(self, config):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size)
         self.self_attn = Attention(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size)
-        self.mlp = MLP(config, hidden_act)
+        self.mlp = MLP(config)
 
-    def forward(self, x, mask=None, context=None):
-        # Under autocast x has 16 bits (see Encoder), but LayerNorm returns fp32: cast it once, not in q, k
-        # and v each.
-        if context is not None:
-            context = self.layer_norm1(context).to(x.dtype)
-        x = x + self.self_attn(self.layer_norm1(x).to(x.dtype), mask, context)
+    def forward(self, x, mask=None, queries=slice(None)):
+        # Under autocast x has 16 bits, but LayerNorm returns fp32: cast it once, not in q, k and v each.
+        normed = self.layer_norm1(x).to(x.dtype)
+        x = x[queries] + self.self_attn(normed[queries], normed, mask)
         return x + self.mlp(self.layer_norm2(x).to(x.dtype))
 
 
 class Encoder(nn.Module):
-    """A stack of blocks, x (B, T, C). Returns (B, C): the last block's output at position pool_index, which
-    is a tensor (B,) or an int. pool_mask is the mask of that one query."""
+    """A stack of blocks, x (B, T, C). Returns (B, C), the output of the token at pool_index, an int or (B,
+    1). mask is that of all blocks but the last. There this token is the only query, and pool_mask is its
+    mask."""
 
-    def __init__(self, config, hidden_act):
+    def __init__(self, config):
         super().__init__()
-        self.layers = nn.ModuleList(Block(config, hidden_act) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
 
     def forward(self, x, pool_index, mask=None, pool_mask=None):
-        # Autocast would keep x in fp32 between the blocks. In 16 bits it is read and written in half the
-        # time.
+        # The embeddings are fp32 under autocast. In 16 bits x is read and written in half the time.
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for layer in self.layers[:-1]:
             x = layer(x, mask)
-        # Only one token's output is used, so the last block computes one query and one output, but the keys
-        # and values of all tokens. The result is the same, and a step of ViT-B/16 takes 5 % less time.
-        rows = torch.arange(x.shape[0], device=x.device)
-        pooled = x[rows, pool_index][:, None]  # (B, 1, C)
-        return self.layers[-1](pooled, pool_mask, context=x)[:, 0]  # (B, C)
+        # Nothing reads the other tokens of the last block. Without them, a step of ViT-B/16 takes 5 % less
+        # time, and one of the tiny model on a CPU 20 % less.
+        rows = torch.arange(len(x), device=x.device)[:, None]  # (B, 1)
+        return self.layers[-1](x, pool_mask, queries=(rows, pool_index))[:, 0]
 
 
 class VisionEmbeddings(nn.Module):
@@ -189,7 +187,7 @@ class VisionEmbeddings(nn.Module):
         self.class_embedding = nn.Parameter(torch.empty(C))
         self.patch_embedding = nn.Conv2d(3, C, kernel_size=P, stride=P, bias=False)
         self.position_embedding = nn.Embedding((config.image_size // P) ** 2 + 1, C)
-        self.patch_dropout = 0.0  # `train` sets it to the recipe's
+        self.patch_dropout = 0.0  # the fraction of patches that training leaves out; `train` sets it
 
     def forward(self, pixels):
         B, _, _, S = pixels.shape
@@ -219,7 +217,7 @@ class VisionTransformer(nn.Module):
         self.embeddings = VisionEmbeddings(config)
         # A norm that the original ViT lacks. "layrnorm" is Hugging Face's spelling, as in released files.
         self.pre_layrnorm = nn.LayerNorm(config.vision.hidden_size)
-        self.encoder = Encoder(config.vision, config.hidden_act)
+        self.encoder = Encoder(config.vision)
         self.post_layernorm = nn.LayerNorm(config.vision.hidden_size)
 
     def forward(self, pixels):
@@ -261,25 +259,25 @@ class TextTransformer(nn.Module):
         super().__init__()
         self.causal, self.eos_token_id = config.causal, config.eos_token_id
         self.embeddings = TextEmbeddings(config)
-        self.encoder = Encoder(config.text, config.hidden_act)
+        self.encoder = Encoder(config.text)
         self.final_layer_norm = nn.LayerNorm(config.text.hidden_size)
 
     def forward(self, ids):
         # argmax returns the first of several maxima. OpenAI's code has ids.argmax(), which needs an end token
         # with the largest id (openai/CLIP #217).
-        end_index = (ids == self.eos_token_id).int().argmax(dim=-1)  # (B,)
+        end_index = (ids == self.eos_token_id).int().argmax(dim=-1, keepdim=True)  # (B, 1)
         position = torch.arange(ids.shape[1], device=ids.device)  # (T,)
-        end_mask = (position <= end_index[:, None])[:, None, None]  # (B, 1, 1, T): no key after the end
+        end_mask = (position <= end_index)[:, None, None]  # (B, 1, 1, T): no key after the end
         causal_mask = position <= position[:, None]  # (T, T): no key after the query
         mask = causal_mask if self.causal else end_mask
-        # pool_mask: in the last block the end token is the only query. Its line is the same in both masks.
+        # The line of the end token is the same in both masks.
         x = self.encoder(self.embeddings(ids), end_index, mask, pool_mask=end_mask)
         return self.final_layer_norm(x)  # (B, C)
 
 
 class CLIP(nn.Module):
-    """Two towers and a temperature. `forward` and contrastive_loss are the paper's pseudo-code (figure 3). It
-    calls the photos I, the captions T, the batch size n and our logit_scale t:
+    """Two towers and a temperature. `forward` and contrastive_loss are the paper's pseudo-code (figure 3),
+    where I are the photos, T the captions, n is the batch size and t our logit_scale:
 
     I_e, T_e = l2_normalize(image_encoder(I) @ W_i), l2_normalize(text_encoder(T) @ W_t)
     logits = (I_e @ T_e.T) * exp(t)
@@ -318,13 +316,12 @@ class CLIP(nn.Module):
 
 @torch.no_grad()
 def init_weights(model):
-    """OpenAI's initial values (openai/CLIP, initialize_parameters). OpenAI sets only the blocks of the text
-    tower like this; we set those of both. Our biases start at 0. Norms and the patch embedding keep PyTorch's
-    defaults."""
+    """OpenAI's initial values (openai/CLIP, initialize_parameters), but in both towers, and with biases of 0.
+    Norms and the patch embedding keep PyTorch's defaults."""
     for tower, config in ((model.vision_model, model.config.vision), (model.text_model, model.config.text)):
         C, L = config.hidden_size, config.num_hidden_layers
         # Each block adds to the residual stream twice, by out_proj and fc2. With the factor 1 / sqrt(2 L) the
-        # variance of the stream does not grow with the number of blocks (GPT-2). fc1's factor is OpenAI's.
+        # variance of the stream does not grow with the number of blocks (GPT-2).
         std = {"q_proj": C**-0.5, "k_proj": C**-0.5, "v_proj": C**-0.5, "out_proj": (2 * L * C) ** -0.5}
         std |= {"fc1": (2 * C) ** -0.5, "fc2": (2 * L * C) ** -0.5}
         for name, module in tower.encoder.named_modules():
@@ -348,7 +345,7 @@ def init_weights(model):
 
 
 def contrastive_loss(logits_per_image):
-    """The mean of two cross-entropies over logits (B, B), a scalar.
+    """The mean of two cross-entropies over logits (B, B), or over several such matrices (n, B, B), a scalar.
 
     A row asks which caption fits its photo, a column which photo fits its caption. The right answers are on
     the diagonal. For three photos and their captions:
@@ -362,10 +359,8 @@ def contrastive_loss(logits_per_image):
     answer 1 / B and has a loss of ln B: 1.10 for three pairs, 4.85 for 128. A loss that stays
     there means that nothing is learnt (open_clip #17).
     """
-    labels = torch.arange(len(logits_per_image), device=logits_per_image.device)
-    logits_per_image = logits_per_image.float()  # for callers with logits in 16 bits
-    loss_image = F.cross_entropy(logits_per_image, labels)
-    loss_text = F.cross_entropy(logits_per_image.T, labels)
+    loss_image = -logits_per_image.log_softmax(dim=-1).diagonal(dim1=-2, dim2=-1).mean()  # rows
+    loss_text = -logits_per_image.log_softmax(dim=-2).diagonal(dim1=-2, dim2=-1).mean()  # columns
     return (loss_image + loss_text) / 2
 
 
@@ -376,14 +371,13 @@ def rank_of_best_match(queries, answers, query_index, answer_index):
     """Rank (Q,) of the best correct answer of each query, counted from 0; ties count against the model.
 
     queries (Q, E) and answers (A, E) are embeddings. query_index (Q,) and answer_index (A,) say to which
-    photo each belongs. An answer is correct if it belongs to the query's photo; if none is, the rank is
-    infinity."""
+    photo each belongs: an answer is correct if it belongs to the query's photo."""
     similarity = queries @ answers.T  # (Q, A)
     correct = query_index[:, None] == answer_index
     best = similarity.masked_fill(~correct, -torch.inf).amax(dim=1, keepdim=True)
     # Not `similarity >= best`, which is False for NaN: a broken model would have rank 0 everywhere.
     not_below = ~(similarity < best) & ~correct
-    return torch.where(correct.any(dim=1), not_below.sum(dim=1), torch.inf)
+    return not_below.sum(dim=1)
 
 
 def recall_at_k(image_embeds, text_embeds, image_index, ks=(1, 5, 10)):
@@ -402,8 +396,8 @@ def recall_at_k(image_embeds, text_embeds, image_index, ks=(1, 5, 10)):
 
 @torch.no_grad()
 def embed(model, split, batch_size=250):
-    """Embeddings of the photos (N, E) and the captions (M, E) of a split, in eval mode. It is not for
-    training photos, which are stored with a margin for crops and so are larger than image_size."""
+    """Embeddings of the photos (N, E) and the captions (M, E) of a data.Split, in eval mode. Training photos
+    don't fit, because they are stored with a margin for crops."""
     device, training = model.logit_scale.device, model.training
     model.eval()
     images, texts = [], []
@@ -420,19 +414,20 @@ def embed(model, split, batch_size=250):
 def evaluate(model, split):
     """Loss and recalls in percent: {"loss", "t2i_r1", ..., "i2t_r10"}.
 
-    A loss depends on how many photos are compared. This one is the mean over groups of 64 photos, or one
-    group of fewer, with five choices of captions. A guess has ln 64 = 4.159. An incomplete last group is
-    dropped. The loss can rise from overconfidence while recall still rises (open_clip #811)."""
+    A loss depends on how many photos are compared. This one is the mean over groups of 64 photos, so a guess
+    has ln 64 = 4.159; if there are fewer photos, they are one group. Every photo is compared with five of its
+    captions, one at a time. The loss can rise from overconfidence while recall still rises (open_clip #811).
+    """
     images, texts = embed(model, split)
     first, count = split.first_captions()  # (N,) each: index of a photo's first caption, number of captions
-    size, losses = min(64, len(images)), []
-    for turn in range(5):
-        captions = texts[first + (turn % count)]  # (N, E): a caption of each photo
-        for start in range(0, len(images) - size + 1, size):
-            logits = model.similarity(images[start : start + size], captions[start : start + size])
-            losses.append(contrastive_loss(logits))
+    turns = first + torch.arange(5)[:, None] % count  # (5, N): the captions of each turn
+    size = min(64, len(images))
+    groups = len(images) // size  # an incomplete last group is dropped
+    photos = images[: groups * size].unflatten(0, (groups, size))  # (groups, size, E)
+    captions = texts[turns[:, : groups * size]].unflatten(1, (groups, size))  # (5, groups, size, E)
+    loss = contrastive_loss(model.similarity(photos, captions))
     recall = recall_at_k(images, texts, split.image_index.to(images.device))
-    return {"loss": torch.stack(losses).mean().item()} | {name: 100 * x for name, x in recall.items()}
+    return {"loss": loss.item()} | {name: 100 * x for name, x in recall.items()}
 
 
 def describe(row):
@@ -473,7 +468,7 @@ class Recipe:
         data.check_settings(self)
 
 
-# The settings of plain CLIP: without the recipe for few photos, and with larger crops.
+# The settings of plain CLIP, which finetune.py uses too: no recipe for few photos, and larger crops.
 PLAIN = dict(muon=0, views=1, crop_scale=0.4, color_jitter=0.0, patch_dropout=0.0, texts=1, word_dropout=0.0)
 DRAWN_RECIPE = Recipe(**(PLAIN | dict(epochs=8, warmup=0.5, weight_decay=0.3, muon=1)))
 
@@ -512,7 +507,7 @@ def make_batch(split, pairs, model, recipe):
         pixels = data.augment(photos, config.image_size, recipe)
     else:  # drawn scenes have none, as a crop would make "left" and "large" wrong: all views are the same
         pixels = data.normalize(photos).repeat_interleave(recipe.views, dim=0)
-    # cut: shorten all to one T, so that the text tower is compiled once. One caption in 1,000 loses words.
+    # cut: all batches have the same T, so that the text tower is compiled once. One caption in 1,000 is cut.
     ids = split.tokens(pairs[:, 1:].flatten(), device, cut=True)
     return pixels, data.augment_captions(ids, config, recipe.word_dropout)
 
@@ -532,8 +527,8 @@ def update_weights(model, optimizers, scaler, lr):
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # one odd batch can't throw the model far
-    # scaler.step skips only an optimizer whose own fp16 gradients overflowed. After clipping by an infinite
-    # norm, those of the other one are 0: skip both.
+    # If the fp16 gradients of one optimizer overflow, the norm is infinite, and clipping makes those of the
+    # other one 0. scaler.step would skip only the first: skip both.
     overflow = scaler.is_enabled() and not norm.isfinite()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -543,6 +538,9 @@ def update_weights(model, optimizers, scaler, lr):
         optimizer.zero_grad()
     scaler.update()
     model.logit_scale.data.clamp_(max=math.log(100))  # the paper's bound (openai/CLIP #46)
+
+
+SAVE_FRACTION = 0.05  # the largest fraction of the time in which `train` writes checkpoints
 
 
 def train(model, splits, recipe, run_dir, resume=False, compile=False):
@@ -560,8 +558,8 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
     optimizers = make_optimizers(model, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=autocast_dtype(device) == torch.float16)
     ema_model = copy.deepcopy(model).eval()
-    settings = {"config": asdict(model.config), "recipe": asdict(recipe), "source": split.source}
-    settings["data"] = [part.fingerprint() for part in splits.values()]
+    settings = {"config": asdict(model.config), "recipe": asdict(recipe)}
+    settings |= {"data": [part.fingerprint() for part in splits.values()], "source": split.source}
     history = resume_run(run_dir, settings, model, ema_model, optimizers) if resume else []
     if compile:
         compile_model(model)
@@ -573,9 +571,9 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
         pairs = split.pairs(recipe.seed, epoch, recipe.texts)  # (N, 1 + K), in another order each epoch
         for i, batch in enumerate(pairs[: steps_per_epoch * B].split(B)):
             step = epoch * steps_per_epoch + i
-            # Each step and process has its own seed, so a resumed run draws the same crops and dropout.
-            # train_step_general adds the number of a micro-batch, which is below 2**12.
-            torch.manual_seed(recipe.seed * 2**40 + (step * WORLD_SIZE + RANK) * 2**12)
+            # Each step and process has its own seed, so a resumed run draws the same crops and dropout. On
+            # CPUs PyTorch uses only the lowest 32 bits of a seed.
+            torch.manual_seed(hash((recipe.seed, step, RANK)) % 2**32)
             part = batch.chunk(WORLD_SIZE)[RANK]  # that of this process; with one GPU, all of it
             pixels, ids = make_batch(split, part, model, recipe)
             # Constant after the warm-up. It need not decay, since update_ema averages out the noise of steps.
@@ -594,7 +592,7 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
                 minutes = (steps - step - 1) / rate / 60
                 print(f"{text}  {rate * B:6,.0f} pairs/s  ETA {minutes:6.1f} min", flush=True)
 
-        # train_loss omits the other two terms of multiview_loss, so a guess has ln B.
+        # train_loss is that of photos and captions alone, also with several views. A guess has ln B.
         row = {"epoch": epoch + 1, "train_loss": float(total) / steps_per_epoch, "train_chance": math.log(B)}
         row |= evaluate(ema_model, splits["val"])
         if not math.isfinite(row["train_loss"] + row["loss"]):
@@ -678,9 +676,10 @@ def resume_run(run_dir, settings, model, ema_model, optimizers):
 
 @torch.no_grad()
 def init_mimetic(model):
-    """Set k_proj to q_proj: a token attends to tokens like itself. Set out_proj to -v_proj^T: since V^T V is
-    near I, a block subtracts the mean of those tokens. Large trained models look like this, but few photos
-    don't teach it. It simplifies mimetic initialisation (Trockman & Kolter 2023, arXiv:2305.09828)."""
+    """Set k_proj to q_proj: a token attends to tokens like itself. Set out_proj to -v_proj^T: the mean of V^T
+    V is I, so on average a block subtracts the mean of those tokens. Large trained models look like this, but
+    few photos don't teach it. It simplifies mimetic initialisation (Trockman & Kolter 2023,
+    arXiv:2305.09828)."""
     for tower in (model.vision_model, model.text_model):
         for block in tower.encoder.layers:
             attention = block.self_attn
@@ -694,9 +693,8 @@ def orthogonalize(x):
     coefficients for fast convergence (Jordan 2024, kellerjordan.github.io/posts/muon)."""
     if x.shape[1] > x.shape[2]:  # gram should have the shorter side
         return orthogonalize(x.mT).mT
-    if autocast_dtype(x.device) == torch.bfloat16:  # elsewhere bf16 is emulated, 20 times slower than fp32
-        x = x.bfloat16()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values must be at most 1
+    x = x.to(autocast_dtype(x.device))  # emulated bf16 on CPUs would be 20 times slower than fp32
     for _ in range(5):
         gram = x @ x.mT  # (n, rows, rows)
         # x = (3.4445 I - 4.7750 gram + 2.0315 gram gram) x
@@ -743,10 +741,7 @@ def multiview_loss(model, image_embeds, text_embeds):
 
     def mean_loss(pairs):
         a, b = zip(*pairs)  # n pairs of (B, E)
-        logits = model.similarity(torch.stack(a), torch.stack(b))  # (n, B, B): all at once, for speed
-        labels = torch.arange(logits.shape[1], device=logits.device).repeat(len(logits))
-        rows, columns = logits.flatten(0, 1), logits.mT.flatten(0, 1)  # (n B, B) each
-        return (F.cross_entropy(rows, labels) + F.cross_entropy(columns, labels)) / 2
+        return contrastive_loss(model.similarity(torch.stack(a), torch.stack(b)))  # logits (n, B, B)
 
     crops, captions = image_embeds.unbind(1), text_embeds.unbind(1)  # V and K times (B, E)
     photo_caption = mean_loss(product(crops, captions))
@@ -802,8 +797,8 @@ def train_step_general(model, optimizers, scaler, pixels, ids, lr, recipe):
     if is_cached:
         image_embeds.requires_grad_()
         text_embeds.requires_grad_()
-        # Several backward passes add to p.grad. If it were None, it would become the output buffer of a CUDA
-        # graph (see `graphed`), which the next replay overwrites.
+        # Several backward passes add to p.grad. Where backward finds None, it may keep the output of a CUDA
+        # graph (see `graphed`), which the next replay overwrites. So p.grad gets memory of its own.
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
     loss, photo_caption = multiview_loss(model, gather_rows(image_embeds), gather_rows(text_embeds))
@@ -815,7 +810,7 @@ def train_step_general(model, optimizers, scaler, pixels, ids, lr, recipe):
             # By the chain rule, this sum has the same gradient with respect to the weights as the loss.
             ((images * image_grads[i]).sum() + (texts * text_grads[i]).sum()).backward()
     if WORLD_SIZE > 1:
-        # Every process backpropagates the same whole loss, so the sum over processes has it WORLD_SIZE times.
+        # gather_rows adds up the gradients of all processes, and each has the same whole loss: divide.
         for p in model.parameters():
             if p.grad is not None:
                 dist.all_reduce(p.grad)
