@@ -314,21 +314,6 @@ def evaluate_all(model, variant, judged):
     return row
 
 
-def study(base, splits, recipes, out, judged, resume=False, compile=False):
-    """Adapt the base by each recipe, in a subfolder of `out`. Returns one row of the table per recipe: what
-    was trained, for how long, the lowest validation loss, and the evaluation on the splits `judged`."""
-    rows = []
-    for recipe in recipes:
-        name, variant = (f"r{recipe.r}", f"r={recipe.r}") if recipe.r else ("full", "all weights")
-        model, history = adapt(base, splits, recipe, out / f"{name}-seed{recipe.seed}", resume, compile)
-        row = {"variant": variant, "seed": recipe.seed}
-        row |= {"trainable": lora.trainable_parameters(model)[0], "minutes": history[-1]["minutes"]}
-        row |= {"lowest val loss": min(epoch["loss"] for epoch in history)}
-        rows.append(row | evaluate_all(model, variant, judged))
-        del model  # free its memory before the next one is trained
-    return rows
-
-
 def table(rows, judged):
     """The rows as text: a line for each variant, with the mean over seeds and the standard deviation."""
     columns = {"trainable": ",.0f", "minutes": ".1f", "lowest val loss": ".3f"}
@@ -365,6 +350,28 @@ def draw_study(path, rows, judged):
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=8)
     data.save_figure(figure, path)
+
+
+def study(base, splits, recipes, out, compile=False):
+    """Adapt the base by each recipe, in a subfolder of `out`, and compare all in study.csv, study.png and a
+    printed table. The same call continues a study that was stopped. Other settings are an InputError."""
+    judged = {name: split for name, split in splits.items() if name != "train"} | own_data(base)
+    zero_shot = evaluate_all(base, "zero-shot", judged)
+    rows = [{"variant": "zero-shot", "seed": "", "trainable": 0, "minutes": 0.0}]
+    rows[0] |= {"lowest val loss": zero_shot["val loss"]} | zero_shot
+    for recipe in recipes:
+        recipe = replace(recipe, base_loss=round(zero_shot["val loss"], 2))
+        name, variant = (f"r{recipe.r}", f"r={recipe.r}") if recipe.r else ("full", "all weights")
+        model, history = adapt(base, splits, recipe, out / f"{name}-seed{recipe.seed}", True, compile)
+        row = {"variant": variant, "seed": recipe.seed}
+        row |= {"trainable": lora.trainable_parameters(model)[0], "minutes": history[-1]["minutes"]}
+        row |= {"lowest val loss": min(epoch["loss"] for epoch in history)}
+        rows.append(row | evaluate_all(model, variant, judged))
+        del model  # free its memory before the next one is trained
+    if clip.RANK == 0:
+        clip.write_csv(out / "study.csv", rows)
+        draw_study(out / "study.png", rows, judged)
+        print(f"\n{table(rows, judged)}\ndone      {out}")
 
 
 # --- The command -----------------------------------------------------------------------------------------
@@ -418,25 +425,14 @@ def run(args):
     base = from_pretrained(args.base, args.tokenizer).to(device)
     tokenizer = tokenizer_of(base)
     if args.classify:
-        return classify(base, tokenizer, args.classify)
-    if args.search:
+        classify(base, tokenizer, args.classify)
+    elif args.search:
         for photo, cosine in search(base, tokenizer, *args.search):
             print(f"{cosine:6.3f}  {photo}")
-        return
-    splits, _ = clip.open_data(args, device, base.tokenizer_path, base.config)
-    clip.print_start(base, splits, args, device)
-    judged = {name: split for name, split in splits.items() if name != "train"} | own_data(base)
-    zero_shot = evaluate_all(base, "zero-shot", judged)
-    rows = [{"variant": "zero-shot", "seed": "", "trainable": 0, "minutes": 0.0}]
-    rows[0] |= {"lowest val loss": zero_shot["val loss"]} | zero_shot
-    recipes = [replace(recipe, base_loss=round(zero_shot["val loss"], 2)) for recipe in recipes]
-    compile = args.compile and device.type == "cuda"
-    # resume: the same command again continues a study that was begun. Other settings are an InputError.
-    rows += study(base, splits, recipes, args.out, judged, resume=True, compile=compile)
-    if clip.RANK == 0:
-        clip.write_csv(args.out / "study.csv", rows)
-        draw_study(args.out / "study.png", rows, judged)
-        print(f"\n{table(rows, judged)}\ndone      {args.out}")
+    else:
+        splits, _ = clip.open_data(args, device, base.tokenizer_path, base.config)
+        clip.print_start(base, splits, args, device)
+        study(base, splits, recipes, args.out, compile=args.compile and device.type == "cuda")
 
 
 def main(argv=None):
