@@ -15,7 +15,6 @@ Data, loss, metrics and training loop are those of clip.py.
 
 import contextlib
 import copy
-import json
 import statistics
 import sys
 from dataclasses import asdict, dataclass, fields, replace
@@ -108,24 +107,20 @@ def load_released(name, tokenizer):
     return model
 
 
-def load_adapted(folder, tokenizer):
-    """The base that an adapter's folder names, with the adapter merged, and its tokenizer."""
-    base = json.loads((Path(folder) / "adapter_config.json").read_text())["base_model_name_or_path"]
-    model = from_pretrained(base, tokenizer)
-    lora.load_adapter(model, folder)
-    lora.merge(model)
-    return model.requires_grad_(True), model.tokenizer_path
-
-
 def from_pretrained(name_or_dir, tokenizer=None):
     """The CLIP of a run of clip.py, an adapter, a Hugging Face folder or a hub name, in eval mode on the CPU.
     tokenizer: folder or hub name of its tokenizer, if it isn't beside the weights."""
     folder = Path(name_or_dir)
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         try:
-            model, tokenizer = load_adapted(folder, tokenizer)
-        except (KeyError, ValueError) as error:
+            base = lora.read_adapter(folder)[0].base_model_name_or_path
+            model = from_pretrained(base, tokenizer)
+            lora.load_adapter(model, folder)
+            lora.merge(model)
+        except ValueError as error:
             raise InputError(f"can't open the adapter in {folder}: {data.first_line(error)}") from error
+        model.requires_grad_(True)  # load_adapter froze the base
+        tokenizer = model.tokenizer_path
     else:
         is_run = (folder / "checkpoint.pt").exists()
         tokenizer = tokenizer or (folder / "tokenizer" if is_run else name_or_dir)
