@@ -97,13 +97,11 @@ def load_released(name, tokenizer):
         theirs, report = transformers.CLIPModel.from_pretrained(name, output_loading_info=True)
     except Exception as error:
         raise InputError(f"can't read the weights of {name}: {data.first_line(error)}") from error
-    weights = theirs.state_dict()
-    # from_pretrained also loads an adapter that lies beside the weights: its keys contain ".lora_".
-    wrong = [key for keys in report.values() for key in keys] + [key for key in weights if ".lora_" in key]
+    wrong = [key for keys in report.values() for key in keys]
     if wrong:
         raise InputError(f"{name} is not a complete CLIP: missing or unexpected weight {wrong[0]}")
     model = CLIP(CLIPConfig(*towers, **others))
-    model.load_state_dict(weights)
+    model.load_state_dict(theirs.state_dict())
     return model
 
 
@@ -111,7 +109,7 @@ def from_pretrained(name_or_dir, tokenizer=None):
     """The CLIP of a run of clip.py, an adapter, a Hugging Face folder or a hub name, in eval mode on the CPU.
     tokenizer: folder or hub name of its tokenizer, if it isn't beside the weights."""
     folder = Path(name_or_dir)
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+    if (folder / "adapter_config.json").exists():
         try:
             base = lora.read_adapter(folder)[0].base_model_name_or_path
             model = from_pretrained(base, tokenizer)
