@@ -127,30 +127,25 @@ def from_pretrained(name_or_dir, tokenizer=None):
     return model.eval()
 
 
-def check_tokenizer(model, tokenizer):
-    """InputError for a tokenizer with another end token or more tokens than the model. It may have fewer."""
+def tokenizer_of(model):
+    """The tokenizer in model.tokenizer_path. InputError if it has another end token or more tokens than the
+    model. It may have fewer."""
+    tokenizer = data.load_tokenizer(model.tokenizer_path)
     end, size = model.config.eos_token_id, model.config.vocab_size
     if tokenizer.eos_token_id != end or max(tokenizer.get_vocab().values()) >= size:
         needed = f"the model has {size} tokens and the end token {end}"
         raise InputError(f"the tokenizer does not fit ({needed}): --tokenizer names another")
-
-
-def tokenizer_of(model):
-    """The tokenizer of a model that from_pretrained returned."""
-    tokenizer = data.load_tokenizer(getattr(model, "tokenizer_path", None))
-    check_tokenizer(model, tokenizer)
     return tokenizer
 
 
-def save_pretrained(model, folder, tokenizer=None):
-    """Write a folder for transformers' CLIPModel and CLIPProcessor. tokenizer: by default the model's own."""
+def save_pretrained(model, folder):
+    """Write a folder for transformers' CLIPModel and CLIPProcessor, with the tokenizer of the model."""
     c = model.config
     if not c.causal:
         raise InputError("Hugging Face's CLIP has no BERT-style text tower: train with --text causal")
     if any(".lora_" in name for name in model.state_dict()):
         raise InputError("the adapters are not merged: call lora.merge(model) first")
-    tokenizer = copy.deepcopy(tokenizer or tokenizer_of(model))  # a copy, since model_max_length changes
-    check_tokenizer(model, tokenizer)
+    tokenizer = tokenizer_of(model)
     tokenizer.model_max_length = c.max_position_embeddings  # CLIPProcessor cuts captions to this length
     vision = asdict(c.vision) | {"image_size": c.image_size, "patch_size": c.patch_size}
     text = asdict(c.text) | {"vocab_size": c.vocab_size, "max_position_embeddings": c.max_position_embeddings}
@@ -233,7 +228,6 @@ def photos_below(folder):
 
 def embed_folder(model, tokenizer, photos, sentences):
     """Embeddings of photos {name: path}, (N, E), and of sentences, (M, E)."""
-    check_tokenizer(model, tokenizer)
     pixels = data.photo_store(photos, model.config.image_size)
     captions = [sentences] + [[]] * (len(photos) - 1)  # a Split needs a photo for each: the first
     context = model.config.max_position_embeddings

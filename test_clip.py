@@ -652,15 +652,17 @@ def test_what_we_save_transformers_opens():
     tokenizer = data.train_tokenizer(["two dogs in the snow"] * 3)
     end = tokenizer.eos_token_id
     model = shaken(CLIP(replace(OPENAI_SMALL, vocab_size=end + 1, eos_token_id=end))).eval()
+    tokenizer.save_pretrained("words")
+    model.tokenizer_path = "words"
     lora.add_lora(model, r=4, alpha=8)
     shaken(model)
     texts = ["two dogs", "dogs in the snow " * 9]  # the second is cut
     noise_photo("a.png")
     expected = model(pixels_of("a.png"), data.tokenize(tokenizer, texts, 16))
     with pytest.raises(data.InputError, match="not merged"):
-        finetune.save_pretrained(model, "ours", tokenizer)
+        finetune.save_pretrained(model, "ours")
     lora.merge(model)
-    finetune.save_pretrained(model, "ours", tokenizer)
+    finetune.save_pretrained(model, "ours")
     theirs = transformers.CLIPModel.from_pretrained("ours").eval()
     processor = transformers.CLIPProcessor.from_pretrained("ours")
     options = dict(padding=True, truncation=True, return_tensors="pt")
