@@ -281,9 +281,8 @@ def own_data(base):
     source = checkpoint["source"]
     if source in data.DRAWN or Path(source).exists():  # do not download it again
         sizes = c.image_size, c.max_position_embeddings
-        few = 2 if source in data.DRAWN else 0  # drawing all training scenes would take seconds for nothing
-        with contextlib.suppress(InputError):
-            splits, _ = data.load(source, base.tokenizer_path, *sizes, limit=few)
+        with contextlib.suppress(InputError):  # limit: of the training photos, none is needed
+            splits, _ = data.load(source, base.tokenizer_path, *sizes, limit=2)
     if splits and splits["val"].fingerprint() in checkpoint["data"]:
         return {f"{Path(source).name} val": splits["val"]}
     print(f"the base's own data, {source}, have moved or changed: what it forgets is not shown")
