@@ -50,13 +50,11 @@ def load_run(run_dir):
 def check_released(name, config):
     """InputError, with file and entry, if our CLIP can't represent this released one."""
     text, vision, size = config.text_config, config.vision_config, config.vision_config.image_size
-    ours = {"size": size, "crop_size": size, "image_mean": list(data.MEAN), "image_std": list(data.STD)}
+    needed = transformers.CLIPImageProcessor(size=size, crop_size=size).to_dict()  # defaults are OpenAI's
     try:
-        settings, _ = transformers.CLIPImageProcessor.get_image_processor_dict(name)
+        found = transformers.CLIPImageProcessor.from_pretrained(name).to_dict()
     except OSError:  # there is no preprocessor_config.json
-        settings = ours
-    # to_dict adds defaults and gives sizes one form, so that both can be compared.
-    found, needed = (transformers.CLIPImageProcessor(**x).to_dict() for x in (settings, ours))
+        found = needed
     checks = [
         ("config.json: text_config.hidden_act", text.hidden_act, tuple(clip.ACTIVATIONS)),
         ("config.json: vision_config.hidden_act", vision.hidden_act, (text.hidden_act,)),
@@ -65,8 +63,8 @@ def check_released(name, config):
         ("config.json: vision_config.num_channels", vision.num_channels, (3,)),
         ("config.json: image_size modulo patch_size", size % vision.patch_size, (0,)),
     ]
-    for entry in (*ours, "do_resize", "do_center_crop", "do_rescale", "do_normalize"):
-        checks.append((f"preprocessor_config.json: {entry}", found[entry], (needed[entry],)))
+    for entry, value in needed.items():
+        checks.append((f"preprocessor_config.json: {entry}", found[entry], (value,)))
     for entry, value, allowed in checks:
         if value not in allowed:
             raise InputError(f"{name}/{entry} is {value}, but must be {' or '.join(map(str, allowed))}")
