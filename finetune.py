@@ -150,10 +150,9 @@ def save_pretrained(model, folder):
     text |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     for tower in (vision, text):
         tower |= {"hidden_act": c.hidden_act, "projection_dim": c.projection_dim}
-    with torch.device("meta"):
-        options = dict(text_config=text, vision_config=vision, projection_dim=c.projection_dim)
-        released = transformers.CLIPModel(transformers.CLIPConfig(**options))
-    released.load_state_dict(model.state_dict(), assign=True)
+    options = dict(text_config=text, vision_config=vision, projection_dim=c.projection_dim)
+    released = transformers.CLIPModel(transformers.CLIPConfig(**options))
+    released.load_state_dict(model.state_dict())
     released.save_pretrained(folder)
     pixels = transformers.CLIPImageProcessor(size={"shortest_edge": c.image_size}, crop_size=c.image_size)
     transformers.CLIPProcessor(pixels, tokenizer).save_pretrained(folder)
