@@ -1687,7 +1687,7 @@ BAD = (
 
 def contents():
     """Of all files but decoded photos, and the tokenizer that a run writes first."""
-    files = [path for path in Path().rglob("*") if path.is_file() and path.suffix != ".npy"]
+    files = [path for path in Path().rglob("*") if path.is_file() and path.suffix != ".uint8"]
     return {path: path.read_bytes() for path in files if path.parts[:2] != ("new", "tokenizer")}
 
 
