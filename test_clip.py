@@ -1678,8 +1678,8 @@ BAD = (
     (lambda: torch.save({"best": {}}, "old/checkpoint.pt"), "clip", OLD, "or of an older version"),
     (None, "finetune", "--base nowhere", "no CLIP in nowhere"),
     (None, "finetune", "--base old --data nowhere", "--data nowhere"),
-    (None, "finetune", "--base old --r 0", "--r and --seeds must be at least 1"),
-    (None, "finetune", "--base old --alpha 0", "--alpha must be more than 0"),
+    (None, "finetune", "--base old --r -1", "r must be an integer >= 1"),
+    (None, "finetune", "--base old --alpha 0", "alpha > 0"),
     (None, "finetune", "--base old --targets query", "no Linear is named 'query'"),
     (None, "finetune", "--base old --classify nowhere", "no photos below nowhere"),
 )
