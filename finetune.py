@@ -362,9 +362,7 @@ def study(base, splits, recipes, out, compile=False):
 
 def parse_args(argv):
     parser = data.Parser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--base", default="openai/clip-vit-base-patch16", help="run, adapter, folder or hub name"
-    )
+    parser.add_argument("--base", default="openai/clip-vit-base-patch16", help="folder or hub name of a CLIP")
     parser.add_argument("--tokenizer", metavar="NAME", help="folder or hub name; None is the base's own")
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--classify", metavar="FOLDER", help="find the CLASS of each photo FOLDER/CLASS/*")
