@@ -251,8 +251,7 @@ def classify(model, tokenizer, folder, templates=PROMPTS):
     rank = clip.rank_of_best_match(images, means, right, answers)
     top1, top5 = (100 * (rank < k).float().mean().item() for k in (1, 5))
     chance = f"{len(photos):,} photos of {len(classes)} classes, chance {100 / len(classes):.1f}"
-    more = f"  top-5 {top5:.1f}" if len(classes) > 5 else ""
-    print(f"classes   {', '.join(classes)}\nzero-shot top-1 {top1:.1f}{more}  {chance}")
+    print(f"classes   {', '.join(classes)}\nzero-shot top-1 {top1:.1f}  top-5 {top5:.1f}  {chance}")
     return top1, top5
 
 
