@@ -179,9 +179,8 @@ DRAWN_RECIPE = replace(RECIPE, epochs=8, lr=5e-3, dropout=0.0)
 
 
 def adapt(base, splits, recipe, run_dir, resume=False, compile=False):
-    """Train adapters in a copy of the base, or all its weights if recipe.r is 0. Returns (model, history),
-    the model with averaged weights. run_dir gets the log, the curve, a checkpoint and the adapter, or the
-    tokenizer if all weights are trained. B A is 0 at the start, so training begins at the base."""
+    """Train adapters in a copy of the base, or all its weights if recipe.r is 0. Returns what clip.train
+    returns, and adds the curve and the adapter to run_dir, or the tokenizer if all weights are trained."""
     run_dir = Path(run_dir)
     model = copy.deepcopy(base)
     torch.manual_seed(recipe.seed)
@@ -268,8 +267,7 @@ def search(model, tokenizer, folder, query, count=8):
 
 
 def own_data(base):
-    """{name: validation split} of the data of a run of clip.py, to measure what fine-tuning makes it forget.
-    {} if the data have moved or changed."""
+    """{name: validation split} of the data that a base learnt, if it is a run, to measure what it forgets."""
     run_dir, c = Path(base.name_or_path), base.config
     if not (run_dir / "checkpoint.pt").exists():
         return {}
@@ -315,8 +313,7 @@ def table(rows, judged):
 
 
 def draw_study(path, rows, judged):
-    """Lowest validation loss and R@10 against the number of trained parameters, with a point for each seed.
-    A third panel has R@10 on the base's own data, if `judged` has them."""
+    """Lowest validation loss, and R@10 on each validation split, against the number of trained parameters."""
     from matplotlib.figure import Figure
 
     panels = ["lowest val loss", *(f"{name} r10" for name in judged if name.endswith("val"))]
