@@ -275,7 +275,7 @@ def own_data(base):
     source = checkpoint["source"]
     if source in data.DRAWN or Path(source).exists():  # do not download it again
         sizes = c.image_size, c.max_position_embeddings
-        with contextlib.suppress(InputError):  # limit: of the training photos, none is needed
+        with contextlib.suppress(InputError):  # limit=2, since no training photo is used
             splits, _ = data.load(source, base.tokenizer_path, *sizes, limit=2)
     if splits and splits["val"].fingerprint() in checkpoint["data"]:
         return {f"{Path(source).name} val": splits["val"]}
@@ -341,7 +341,8 @@ def study(base, splits, recipes, out, compile=False):
     for recipe in recipes:
         recipe = replace(recipe, base_loss=round(zero_shot["val loss"], 2))
         name, variant = (f"r{recipe.r}", f"r={recipe.r}") if recipe.r else ("full", "all weights")
-        model, history = adapt(base, splits, recipe, out / f"{name}-seed{recipe.seed}", True, compile)
+        run_dir = out / f"{name}-seed{recipe.seed}"
+        model, history = adapt(base, splits, recipe, run_dir, resume=True, compile=compile)
         row = {"variant": variant, "seed": recipe.seed}
         row |= {"trainable": lora.trainable_parameters(model)[0], "minutes": history[-1]["minutes"]}
         row |= {"lowest val loss": min(epoch["loss"] for epoch in history)}
