@@ -27,7 +27,6 @@ import lora
 # isort: split
 import torch
 import transformers
-from torch import nn
 
 from clip import CLIP, CLIPConfig, Recipe, TowerConfig
 from data import InputError, setting
@@ -57,7 +56,7 @@ def check_released(name, config):
         found = needed
     checks = [
         ("config.json: text_config.hidden_act", text.hidden_act, tuple(clip.ACTIVATIONS)),
-        ("config.json: vision_config.hidden_act", vision.hidden_act, (text.hidden_act,)),
+        ("config.json: vision_config.hidden_act", vision.hidden_act, tuple(clip.ACTIVATIONS)),
         ("config.json: text_config.layer_norm_eps", text.layer_norm_eps, (1e-5,)),
         ("config.json: vision_config.layer_norm_eps", vision.layer_norm_eps, (1e-5,)),
         ("config.json: vision_config.num_channels", vision.num_channels, (3,)),
@@ -89,7 +88,7 @@ def load_released(name, tokenizer):
             raise InputError(f"{name}/config.json: set eos_token_id to {end}: other tokens have larger ids")
     towers = [TowerConfig(*[getattr(x, f.name) for f in fields(TowerConfig)]) for x in (vision, text)]
     others = {name: getattr(vision, name) for name in ("image_size", "patch_size")}
-    others |= {name: getattr(text, name) for name in ("vocab_size", "max_position_embeddings", "hidden_act")}
+    others |= {name: getattr(text, name) for name in ("vocab_size", "max_position_embeddings")}
     others |= {"eos_token_id": end, "projection_dim": released.projection_dim, "causal": True}
     try:
         theirs, report = transformers.CLIPModel.from_pretrained(name, output_loading_info=True)
@@ -113,7 +112,7 @@ def from_pretrained(name_or_dir, tokenizer=None):
             model = from_pretrained(base, tokenizer)
             lora.load_adapter(model, folder)
             lora.merge(model)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:  # TypeError: it names no base
             raise InputError(f"can't open the adapter in {folder}: {data.first_line(error)}") from error
         model.requires_grad_(True)  # load_adapter froze the base
         tokenizer = model.tokenizer_path
@@ -128,7 +127,7 @@ def from_pretrained(name_or_dir, tokenizer=None):
 def tokenizer_of(model):
     """The tokenizer in model.tokenizer_path. InputError if it has another end token or more tokens than the
     model. It may have fewer."""
-    tokenizer = data.load_tokenizer(model.tokenizer_path)
+    tokenizer = data.load_tokenizer(getattr(model, "tokenizer_path", None))
     end, size = model.config.eos_token_id, model.config.vocab_size
     if tokenizer.eos_token_id != end or max(tokenizer.get_vocab().values()) >= size:
         needed = f"the model has {size} tokens and the end token {end}"
@@ -149,7 +148,7 @@ def save_pretrained(model, folder):
     text = asdict(c.text) | {"vocab_size": c.vocab_size, "max_position_embeddings": c.max_position_embeddings}
     text |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     for tower in (vision, text):
-        tower |= {"hidden_act": c.hidden_act, "projection_dim": c.projection_dim}
+        tower["projection_dim"] = c.projection_dim
     options = dict(text_config=text, vision_config=vision, projection_dim=c.projection_dim)
     released = transformers.CLIPModel(transformers.CLIPConfig(**options))
     released.load_state_dict(model.state_dict())
@@ -244,7 +243,7 @@ def classify(model, tokenizer, folder, templates=PROMPTS):
         raise InputError(f"{folder} needs two or more folders of photos, with the names of different classes")
     prompts = [template.replace("{}", name) for name in classes for template in templates]
     images, texts = embed_folder(model, tokenizer, photos, prompts)  # (N, E), (classes x templates, E)
-    means = nn.functional.normalize(texts.unflatten(0, (len(classes), -1)).mean(dim=1), dim=1)
+    means = torch.nn.functional.normalize(texts.unflatten(0, (len(classes), -1)).mean(dim=1), dim=1)
     answers = torch.arange(len(classes), device=images.device)
     right = torch.tensor([classes.index(name) for name in class_of], device=images.device)  # (N,)
     rank = clip.rank_of_best_match(images, means, right, answers)
@@ -359,7 +358,9 @@ def study(base, splits, recipes, out, compile=False):
 
 def parse_args(argv):
     parser = data.Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--base", default="openai/clip-vit-base-patch16", help="folder or hub name of a CLIP")
+    parser.add_argument(
+        "--base", default="openai/clip-vit-base-patch16", help="run, adapter, folder, hub name"
+    )
     parser.add_argument("--tokenizer", metavar="NAME", help="folder or hub name; None is the base's own")
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--classify", metavar="FOLDER", help="find the CLASS of each photo FOLDER/CLASS/*")
@@ -376,6 +377,8 @@ def parse_args(argv):
         recipe = DRAWN_RECIPE if args.data in data.DRAWN else RUN_RECIPE
     parser.set_defaults(**{f.name: getattr(recipe, f.name) for f in fields(recipe) if f.metadata})
     args = parser.parse_args(argv)
+    if args.seeds < 1 or any(r < 1 for r in args.r) or not (args.alpha is None or args.alpha > 0):
+        raise InputError("--r and --seeds must be at least 1, and --alpha must be more than 0")
     args.out = args.out or Path("runs", "-".join(Path(x).absolute().name for x in (args.base, args.data)))
     return args
 

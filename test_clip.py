@@ -75,9 +75,12 @@ def difference(a, b):
 # have the largest id.
 SMALL = CLIPConfig(TowerConfig(48, 3, 4, 96), TowerConfig(32, 2, 2, 80), image_size=40, patch_size=8)
 SMALL = replace(SMALL, projection_dim=24, vocab_size=100, eos_token_id=60, max_position_embeddings=16)
-OPENAI_SMALL = replace(SMALL, causal=True, hidden_act="quick_gelu")
-GELU_SMALL = replace(SMALL, causal=True, hidden_act="gelu")
-OPENAI_B_16 = replace(PRESETS["ViT-B/16"], causal=True, hidden_act="quick_gelu")
+OPENAI_SMALL = replace(SMALL, causal=True)
+GELU_TOWERS = dict(
+    vision=replace(SMALL.vision, hidden_act="gelu"), text=replace(SMALL.text, hidden_act="gelu")
+)
+GELU_SMALL = replace(SMALL, causal=True, **GELU_TOWERS)
+OPENAI_B_16 = replace(PRESETS["ViT-B/16"], causal=True)
 QKV = ["q_proj", "k_proj", "v_proj"]
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 PLAIN = clip.Recipe(**clip.PLAIN)
@@ -151,11 +154,11 @@ def general_step(model, pixels, ids, **settings):
 
 def hugging_face(config):
     """transformers' CLIPModel of the same size, with attention in plain matrix products."""
-    both = dict(hidden_act=config.hidden_act, bos_token_id=0, eos_token_id=config.eos_token_id)
     vision = dict(image_size=config.image_size, patch_size=config.patch_size)
     text = dict(vocab_size=config.vocab_size, max_position_embeddings=config.max_position_embeddings)
-    towers = dict(vision_config=vars(config.vision) | vision | both)
-    towers |= dict(text_config=vars(config.text) | text | both, projection_dim=config.projection_dim)
+    text |= dict(bos_token_id=0, eos_token_id=config.eos_token_id)
+    towers = dict(vision_config=vars(config.vision) | vision)
+    towers |= dict(text_config=vars(config.text) | text, projection_dim=config.projection_dim)
     return transformers.CLIPModel(transformers.CLIPConfig(**towers, attn_implementation="eager"))
 
 
@@ -328,7 +331,7 @@ def test_masks_are_those_of_the_docstring(causal):
 
     tower, used = CLIP(replace(SMALL, causal=causal)).text_model, []
     for block in tower.encoder.layers:
-        block.self_attn.register_forward_pre_hook(lambda module, arguments: used.append(arguments[1]))
+        block.self_attn.register_forward_pre_hook(lambda module, arguments: used.append(arguments[2]))
     tower(torch.tensor([[1, 2, 3, 60, 60]]))
     assert torch.equal(used[0].expand(1, 1, 5, 5)[0, 0], expected)
     assert torch.equal(used[-1].expand(1, 1, 1, 5)[0, 0, 0], expected[3])  # the last block, the line `end`
@@ -345,8 +348,10 @@ def test_loss_has_the_numbers_of_its_docstring():
     by_row, by_column = odds / odds.sum(1, keepdims=True), odds / odds.sum(0, keepdims=True)
     assert (table[:, 3:6] == by_row.round(2)).all() and (table[:, 6:] == by_column.round(2)).all()
     loss = -np.log([by_row.diagonal(), by_column.diagonal()]).mean()
-    found = contrastive_loss(torch.tensor(table[:, :3]).bfloat16())
-    assert found.dtype == torch.float32 and found.item() == pytest.approx(loss, abs=1e-6)
+    logits = torch.tensor(table[:, :3])
+    assert contrastive_loss(logits).item() == pytest.approx(loss, abs=1e-6)
+    several = contrastive_loss(torch.stack([logits, torch.ones(3, 3)]))  # the mean over matrices
+    assert several.item() == pytest.approx((loss + math.log(3)) / 2, abs=1e-6)
     assert f"over both, {loss:.2f} here" in text
     for B, number in ((3, "three pairs"), (128, "128")):  # chance
         assert f"{math.log(B):.2f} for {number}" in text
@@ -1678,8 +1683,8 @@ BAD = (
     (lambda: torch.save({"best": {}}, "old/checkpoint.pt"), "clip", OLD, "or of an older version"),
     (None, "finetune", "--base nowhere", "no CLIP in nowhere"),
     (None, "finetune", "--base old --data nowhere", "--data nowhere"),
-    (None, "finetune", "--base old --r -1", "r must be an integer >= 1"),
-    (None, "finetune", "--base old --alpha 0", "alpha > 0"),
+    (None, "finetune", "--base old --r 0", "--r and --seeds must be at least 1"),
+    (None, "finetune", "--base old --alpha 0", "--alpha must be more than 0"),
     (None, "finetune", "--base old --targets query", "no Linear is named 'query'"),
     (None, "finetune", "--base old --classify nowhere", "no photos below nowhere"),
 )
@@ -1753,8 +1758,8 @@ EXERCISES = [  # for each exercise of the README, a line of clip.py and what rep
     ),
     (
         "return (loss_image + loss_text) / 2",
-        "signs = 2 * torch.eye(len(labels)) - 1\n"
-        "return -F.logsigmoid(signs * (logits_per_image - math.log(len(labels)))).sum() / len(labels)",
+        "B = len(logits_per_image)\n"
+        "return -F.logsigmoid((2 * torch.eye(B) - 1) * (logits_per_image - math.log(B))).sum() / B",
     ),
     ("return (loss_image + loss_text) / 2", "return loss_image"),
     (
