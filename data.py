@@ -35,7 +35,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageOps
+from tokenizers import pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import CLIPTokenizer
 
 
 class InputError(ValueError):
@@ -235,8 +240,6 @@ def load_folder(folder, captions_file, image_size, limit):
 
 def download(folder):
     """Download Flickr30k, 4.4 GB, from the Hugging Face hub. The folder appears when it is complete."""
-    from huggingface_hub import hf_hub_download
-
     partial = Path(f"{folder}.partial")  # an interrupted download continues here
     try:
         for name in ("flickr_annotations_30k.csv", "flickr30k-images.zip"):
@@ -444,8 +447,6 @@ def atomic(path):
 def photo_store(photos, size):
     """Photos {name: path} as uint8 (N, size, size, 3). They are decoded once, into a file in cache/ whose
     name is a hash of the names, sizes and dates of the photos."""
-    from tqdm import tqdm
-
     key = hashlib.sha256(str(size).encode())
     for name, path in photos.items():
         key.update(repr((name, path.stat().st_size, path.stat().st_mtime_ns)).encode())
@@ -564,9 +565,6 @@ def load_drawn(sizes, side, sketch=False, seed=0):
 def train_tokenizer(captions, vocab_size=8192):
     """A CLIP tokenizer. As in OpenAI's, its tokens are, in this order: the 256 bytes, the 256 bytes with the
     mark </w> for the end of a word, the merges of BPE in these captions, the start and the end token."""
-    from tokenizers import pre_tokenizers, trainers
-    from transformers import CLIPTokenizer
-
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     letters = alphabet + [byte + "</w>" for byte in alphabet]
     # Special tokens get the first ids, in this order. So every byte is a token, and training is
@@ -582,8 +580,6 @@ def train_tokenizer(captions, vocab_size=8192):
 
 def load_tokenizer(name):
     """A CLIPTokenizer from the hub or a folder."""
-    from transformers import CLIPTokenizer
-
     try:
         tokenizer = CLIPTokenizer.from_pretrained(name)
         if len(tokenizer) <= 3:  # transformers makes an empty one if the folder lacks its files
@@ -621,8 +617,6 @@ def draw_pictures(folder, history, split, before, after, model):
 
 def draw_curve(path, history, photos):
     """The losses and recalls of each epoch, with dotted lines for the losses of a model that guesses."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs, last = [row["epoch"] for row in history], history[-1]
@@ -645,8 +639,6 @@ def draw_curve(path, history, photos):
 
 def draw_retrieval(path, split, images, texts, count=6):
     """Six captions, each above the six photos that it finds first. The right photo has a green frame."""
-    from matplotlib.figure import Figure
-
     captions = torch.linspace(0, len(texts) - 1, count).long()
     found = (texts[captions] @ images.T).topk(min(count, len(images))).indices.cpu()
     figure = Figure(figsize=(9.6, 11.4), layout="constrained")
@@ -682,8 +674,6 @@ def draw_inside(path, split, before, after, model, count=16):
     """Top: the cosines of 16 captions and their photos, from the embeddings (images, texts) before and after
     training. Below: six photos, the caption that each finds first (green: right), and the attention of the
     class token."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(11, 9), layout="constrained")
     top, bottom = figure.subfigures(2, 1)
     captions = torch.linspace(0, len(split.captions) - 1, count).long()

@@ -1242,7 +1242,7 @@ def test_flickr30k_is_downloaded_into_its_folder():
         Path(local_dir).mkdir(exist_ok=True)
         return shutil.copy(f"hub/{name}", local_dir)
 
-    with patch("huggingface_hub.hf_hub_download", autospec=True, side_effect=download):
+    with patch.object(data, "hf_hub_download", autospec=True, side_effect=download):
         splits, _ = data.load("flickr30k", "train", 48, 24)
     assert {name: len(split.photos) for name, split in splits.items()} == {"train": 40, "val": 10, "test": 10}
     assert {path.name for path in Path().iterdir()} == {"hub", "cache", "flickr30k"}
