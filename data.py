@@ -65,6 +65,7 @@ class Split:
     image_index: torch.Tensor  # (M,): the row of the photo that each caption describes
     ids: torch.Tensor  # (M, context) int32 token ids, padded with the end token
     lengths: torch.Tensor  # (M,): number of tokens of each caption, start and end included
+    usual_length: int  # 99.9 % of the captions are not longer
     source: str = ""  # the name that `load` was given
 
     def first_captions(self):
@@ -103,11 +104,6 @@ class Split:
         ids[:, -1] = self.ids[rows, -1]  # the end token, or padding with its id
         return ids.to(device, non_blocking=True)
 
-    @functools.cached_property
-    def usual_length(self):
-        """The length that 99.9 % of the captions do not exceed."""
-        return int(self.lengths.float().quantile(0.999, interpolation="higher"))
-
     def fingerprint(self):
         """A number that depends on the photos' names, the captions' tokens, and the photo of each caption."""
         names = repr([PurePosixPath(name).name for name in self.names]).encode()
@@ -120,7 +116,8 @@ def make_split(names, photos, sentences, tokenizer, context, source=""):
     image_index = torch.arange(len(sentences)).repeat_interleave(torch.tensor([len(x) for x in sentences]))
     ids = tokenize(tokenizer, captions, context)
     lengths = (ids == tokenizer.eos_token_id).int().argmax(dim=1) + 1
-    return Split(torch.from_numpy(photos), names, captions, image_index, ids, lengths, source)
+    usual_length = int(lengths.float().quantile(0.999, interpolation="higher"))
+    return Split(torch.from_numpy(photos), names, captions, image_index, ids, lengths, usual_length, source)
 
 
 # --- Augmentation ----------------------------------------------------------------------------------------
