@@ -351,12 +351,10 @@ def with_splits(photos):
     missing = [name for name, (split, _) in photos.items() if not split]
     if missing:
         print("splits    by a hash of the photos' names: recall does not compare with published figures")
-    order = sorted(missing, key=lambda name: zlib.crc32(PurePosixPath(name).name.encode()))
-    few = len(order) < 1000  # then a tenth is for val, otherwise a twentieth each for val and test
-    count = max(2, len(order) // 10) if few else len(order) // 20
-    splits = dict.fromkeys(order, "train") | dict.fromkeys(order[:count], "val")
-    if not few:
-        splits |= dict.fromkeys(order[count : 2 * count], "test")
+    missing.sort(key=lambda name: zlib.crc32(PurePosixPath(name).name.encode()))
+    N = len(missing)  # of few photos, a tenth is for val; of many, a twentieth each for val and test
+    val, test = (max(2, N // 10), 0) if N < 1000 else (N // 20, N // 20)
+    splits = dict(zip(missing, ["val"] * val + ["test"] * test + ["train"] * N))
     return {name: (split or splits[name], captions) for name, (split, captions) in photos.items()}
 
 
