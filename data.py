@@ -541,16 +541,15 @@ def captions_of(scene, rng, sketch=False):
 
 def load_drawn(sizes, side, sketch=False, seed=0):
     """{split: (names, photos, sentences of each)} for sizes {split: scenes}. Splits share none."""
-    splits, start = {}, 0
+    splits, scenes = {}, enumerate(all_scenes(seed))
     for split, count in sizes.items():
         names, photos, sentences = [], [], []
-        for i, scene in enumerate(all_scenes(seed)[start : start + count], start):
+        for i, scene in itertools.islice(scenes, count):
             rng = random.Random(f"{seed}/{i}")
             names.append(f"{i:05d}")
             photos.append(draw(scene, side, rng, sketch))
             sentences.append(captions_of(scene, rng, sketch))
         splits[split] = names, np.stack(photos), sentences
-        start += count
     return splits
 
 
