@@ -433,9 +433,8 @@ def atomic(path):
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
         raise InputError(f"can't write {path} ({first_line(error)}): check space and permissions") from error
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        elif temporary.exists():
+        shutil.rmtree(temporary, ignore_errors=True)  # a folder
+        if temporary.exists():
             temporary.unlink()
 
 
