@@ -8,7 +8,6 @@ photos and M captions in a split; B photos in a batch, with V crops of each; S x
 
 import argparse
 import csv
-import functools
 import hashlib
 import io
 import itertools
@@ -19,7 +18,6 @@ import random
 import re
 import shutil
 import sys
-import tempfile
 import textwrap
 import warnings
 import zipfile
@@ -69,8 +67,7 @@ class Split:
     source: str = ""  # the name that `load` was given
 
     def first_captions(self):
-        """(first, count), (N,) each: the row of a photo's first caption, and how many captions the photo
-        has."""
+        """(first, count), (N,) each: the row of a photo's first caption, and how many captions it has."""
         count = self.image_index.bincount(minlength=len(self.photos))
         return count.cumsum(0) - count, count
 
@@ -260,9 +257,8 @@ TOKEN, KAGGLE = r"([^\t\n]+)#\d+\t(.*)", r"\s*([^|]+?)\s*\|\s*\d+\s*\|?(.*)"
 
 
 def find_captions_file(folder):
-    """Karpathy's dataset_*.json below a folder, or else the one file whose first line names a photo column
-    and a caption column, or is a line of *.token. Flickr30k's *.lemma.token repeats the captions as
-    lemmas."""
+    """Karpathy's dataset_*.json below a folder, or else its only table or *.token file. Flickr30k's
+    *.lemma.token does not count, since it repeats the captions as lemmas."""
     found, others = [], []
     for path in files_below(folder):
         if path.match("dataset_*.json"):
@@ -352,9 +348,9 @@ def with_splits(photos):
     if missing:
         print("splits    by a hash of the photos' names: recall does not compare with published figures")
     missing.sort(key=lambda name: zlib.crc32(PurePosixPath(name).name.encode()))
-    N = len(missing)  # of few photos, a tenth is for val; of many, a twentieth each for val and test
-    val, test = (max(2, N // 10), 0) if N < 1000 else (N // 20, N // 20)
-    splits = dict(zip(missing, ["val"] * val + ["test"] * test + ["train"] * N))
+    count = len(missing)
+    val, test = (max(2, count // 10), 0) if count < 1000 else (count // 20, count // 20)
+    splits = dict(zip(missing, ["val"] * val + ["test"] * test + ["train"] * count))
     return {name: (split or splits[name], captions) for name, (split, captions) in photos.items()}
 
 
@@ -444,9 +440,7 @@ def photo_store(photos, size):
     key = hashlib.sha256(str(size).encode())
     for name, path in photos.items():
         key.update(repr((name, path.stat().st_size, path.stat().st_mtime_ns)).encode())
-    # In a read-only folder, the file is in the system's folder for temporary files instead.
-    folder = Path("cache") if os.access(".", os.W_OK) else Path(tempfile.gettempdir(), "clip-cache")
-    store = folder / f"{key.hexdigest()[:16]}.uint8"
+    store = Path("cache", f"{key.hexdigest()[:16]}.uint8")
     if not store.exists():
         with atomic(store) as temporary, open(temporary, "wb") as file, ThreadPoolExecutor() as pool:
             decoded = pool.map(load_photo, photos.values(), itertools.repeat(size))  # PIL releases the GIL
@@ -481,7 +475,6 @@ SKETCH_WORDS = {"white": "peach", "grey": "sage", "black": "plum", "background":
 SKETCH_WORDS |= {"square": "box", "triangle": "wedge", "cross": "plus", "ring": "hoop"}
 
 
-@functools.cache
 def all_scenes(seed):
     """All 64,800 scenes (thing and place, thing and place, background). A thing is (size, colour, shape)."""
     things = list(itertools.product(SIZES, COLOURS, SHAPES))
@@ -560,8 +553,7 @@ def train_tokenizer(captions, vocab_size=8192):
     mark </w> for the end of a word, the merges of BPE in these captions, the start and the end token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     letters = alphabet + [byte + "</w>" for byte in alphabet]
-    # Special tokens get the first ids, in this order. So every byte is a token, and training is
-    # deterministic.
+    # Special tokens get the first ids. So every byte is a token, and training is deterministic.
     options = dict(special_tokens=letters, end_of_word_suffix="</w>", show_progress=False)
     blank = CLIPTokenizer().backend_tokenizer
     blank.train_from_iterator(captions, trainers.BpeTrainer(vocab_size=vocab_size - 2, **options))
@@ -747,19 +739,10 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; --help lists the flags")
 
 
-def use_cpu_quota():
-    """Use no more threads than a container's CPU quota allows, since the system pauses the rest."""
-    quota = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000" is two cores, "max 100000" is no quota
-    allowed, period = quota.read_text().split() if quota.exists() else ("max", "1")
-    if allowed != "max":
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), int(allowed) // int(period))))
-
-
 def run_command(argv, parse_args, run):
     """Run a command and return its exit code. Bad input is one line on stderr and 2; Ctrl-C is 130."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # `python -W default` shows warnings again
-    use_cpu_quota()
     try:
         run(parse_args(argv))
         return 0

@@ -1610,14 +1610,6 @@ def test_openmp_waits_passively_unless_told_otherwise(policy):
     assert run_python("-c", f"{begin}\n{end}").strip() == policy
 
 
-def test_a_read_only_folder_has_its_store_elsewhere(monkeypatch):
-    noise_photo(Path("1.png"))
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    monkeypatch.setattr(data.tempfile, "gettempdir", lambda: "elsewhere")
-    assert data.photo_store({"1.png": Path("1.png")}, 8).shape == (1, 8, 8, 3)
-    assert not Path("cache").exists() and len(list(Path("elsewhere/clip-cache").iterdir())) == 1
-
-
 # --- Bad input -------------------------------------------------------------------------------------------
 
 
