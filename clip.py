@@ -396,8 +396,8 @@ def recall_at_k(image_embeds, text_embeds, image_index, ks=(1, 5, 10)):
 
 @torch.no_grad()
 def embed(model, split, batch_size=250):
-    """Embeddings of the photos (N, E) and the captions (M, E) of a data.Split, in eval mode. Training photos
-    don't fit, because they are stored with a margin for crops."""
+    """Embeddings of the photos (N, E) and the captions (M, E) of a data.Split, which holds N photos and the
+    token ids of M captions. Training photos don't fit, because they are stored with a margin for crops."""
     device, training = model.logit_scale.device, model.training
     model.eval()
     images, texts = [], []
@@ -451,7 +451,7 @@ class Recipe:
     batch_size: int = data.setting(128, 2, 1e6, "photos in a step, on all GPUs together")
     lr: float = data.setting(7e-4, 0, 1e3, "learning rate after the warm-up")
     warmup: float = data.setting(4.0, 0, 1e6, "epochs in which the learning rate rises from 0")
-    weight_decay: float = data.setting(1.0, 0, 1e3, "weight decay of the matrices of Linears")
+    weight_decay: float = data.setting(1.0, 0, 1e3, "weight decay of Linears' matrices; few photos need much")
     # The recipe for few photos, which has its own section below.
     muon: int = data.setting(1, 0, 1, "1: Muon for the matrices of the blocks, 0: AdamW for everything")
     views: int = data.setting(4, 1, 100, "random crops of each photo in a step")
@@ -553,13 +553,14 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
     split, B, device = splits["train"], recipe.batch_size, model.logit_scale.device
     steps_per_epoch = len(split.photos) // B
     steps = recipe.epochs * steps_per_epoch
+    # One crop and one caption of each photo, one process, and the whole batch at once.
     is_plain = recipe.views == recipe.texts == WORLD_SIZE == 1 and not recipe.micro_batch
     model.vision_model.embeddings.patch_dropout = recipe.patch_dropout
     optimizers = make_optimizers(model, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=autocast_dtype(device) == torch.float16)
     ema_model = copy.deepcopy(model).eval()
-    settings = {"config": asdict(model.config), "recipe": asdict(recipe)}
-    settings |= {"data": [part.fingerprint() for part in splits.values()], "source": split.source}
+    settings = {"config": asdict(model.config), "recipe": asdict(recipe), "source": split.source}
+    settings["data"] = [part.fingerprint() for part in splits.values()]
     history = resume_run(run_dir, settings, model, ema_model, optimizers) if resume else []
     if compile:
         compile_model(model)
@@ -783,7 +784,7 @@ def train_step_general(model, optimizers, scaler, pixels, ids, lr, recipe):
     This is gradient caching (Gao et al. 2021, arXiv:2101.06983): the gradient is that of the whole batch."""
     size = recipe.micro_batch or len(pixels) // recipe.views
     pixel_parts, id_parts = pixels.split(size * recipe.views), ids.split(size * recipe.texts)
-    is_cached, seed = len(pixel_parts) > 1, torch.initial_seed()  # the seed of this step
+    is_cached, seed = len(pixel_parts) > 1, torch.initial_seed()  # which `train` set for this step
 
     def encode(i):
         torch.manual_seed(seed + 1 + i)  # the same dropout in steps 1 and 3
@@ -820,7 +821,8 @@ def train_step_general(model, optimizers, scaler, pixels, ids, lr, recipe):
 
 
 def open_device(name):
-    """The torch.device of this name. With torchrun, connect its processes. InputError if it can't be used."""
+    """The torch.device of this name. With torchrun, connect its processes, to each of which data.Parser gives
+    another GPU. InputError if the device can't be used."""
     try:
         device = torch.zeros(1, device=name).device  # with an index, as in "cuda:0"
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without CUDA
@@ -869,15 +871,14 @@ def compile_model(model):
 def graphed(tower):
     """A forward function for the tower that records a CUDA graph for each new shape of x, then replays it."""
     graphs, pool = {}, torch.cuda.graph_pool_handle()
-    eager = copy.copy(tower)  # it shares the weights, and keeps the forward function that this one replaces
+    eager = copy.copy(tower)  # it shares the weights and keeps the forward function that is replaced
 
     def forward(x):
         if x.shape not in graphs:
-            # Recording draws random numbers: fork_rng restores the generator. make_graphed_callables
-            # overwrites the forward function of what it records (another copy), and keeps the clone as its
-            # input buffer.
-            with torch.enable_grad(), torch.random.fork_rng([x.device]):
-                graphs[x.shape] = torch.cuda.make_graphed_callables(copy.copy(eager), (x.clone(),), pool=pool)
+            recorded = copy.copy(eager)  # since make_graphed_callables overwrites its forward function
+            buffer = x.clone()  # the graph keeps it and copies each later x into it
+            with torch.enable_grad(), torch.random.fork_rng([x.device]):  # recording draws random numbers
+                graphs[x.shape] = torch.cuda.make_graphed_callables(recorded, (buffer,), pool=pool)
         return graphs[x.shape](x)
 
     return forward
@@ -907,12 +908,12 @@ def open_data(args, device, tokenizer, config):
     return splits, tokenizer
 
 
-def print_start(model, splits, recipe, device):
+def print_start(model, splits, batch_size, device):
     """The opening block: device, size, and the losses of a model that guesses."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     towers = model.vision_model, model.text_model, model
     vision, text, total = (sum(p.numel() for p in tower.parameters()) / 1e6 for tower in towers)
-    B, group = recipe.batch_size, min(64, len(splits["val"].photos))
+    B, group = batch_size, min(64, len(splits["val"].photos))
     print(f"device    {WORLD_SIZE} x {name}, {autocast_dtype(device)}")
     print(f"model     {total:.1f} M parameters: vision {vision:.1f}, text {text:.1f}, and projections")
     print(f"chance    loss ln {B} = {math.log(B):.3f}, in validation ln {group} = {math.log(group):.3f}")
@@ -949,7 +950,7 @@ def run(args):
     model = CLIP(config).to(device)
     if args.init == "mimetic":
         init_mimetic(model)
-    print_start(model, splits, recipe, device)
+    print_start(model, splits, recipe.batch_size, device)
     before = embed(model, splits["val"])
     compile = args.compile and device.type == "cuda"
     ema_model, history = train(model, splits, recipe, args.out, args.resume, compile)

@@ -410,7 +410,7 @@ def run(args):
             print(f"{cosine:6.3f}  {photo}")
     else:
         splits, _ = clip.open_data(args, device, base.tokenizer_path, base.config)
-        clip.print_start(base, splits, args, device)
+        clip.print_start(base, splits, args.batch_size, device)
         study(base, splits, recipes, args.out, compile=args.compile and device.type == "cuda")
 
 
