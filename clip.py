@@ -15,7 +15,7 @@ have the names of Hugging Face's CLIPModel, so released weights load unchanged. 
     S x S pixels in a photo, P x P pixels in a patch           E numbers in an embedding (projection_dim)
     T tokens: a class token and patches, or subwords           C channels (hidden_size), H heads of D = C / H
 
-A tower calls all that it is given B, B V crops or B K captions too.
+Inside a tower B is the number of its inputs, also when these are B V crops or B K captions.
 """
 
 import copy
@@ -65,8 +65,9 @@ class TowerConfig:
 class CLIPConfig:
     """Everything that defines a CLIP. The defaults are the released ViT-B/16, except for `causal`.
 
-    causal: True is OpenAI's text tower, in which a token attends to itself and the tokens before it. False is
-    a BERT-style text tower, in which every token attends to the whole caption.
+    causal: True is OpenAI's text tower, in which a token attends to itself and the tokens before it. False,
+    the default, is a BERT-style one, in which every token attends to the whole caption. On photos they are
+    equally good.
     """
 
     vision: TowerConfig = TowerConfig(768, 12, 12, 3072)
@@ -90,17 +91,17 @@ PRESETS = {
 
 
 class Attention(nn.Module):
-    """Multi-head attention: softmax(Q K^T / sqrt(D)) V in each of H heads (Vaswani et al. 2017, eq. 1).
+    """Multi-head attention: softmax(q k^T / sqrt(D)) v in each of H heads (Vaswani et al. 2017, eq. 1).
 
-    Queries come from x (B, Q, C), keys and values from context (B, T, C). The result is (B, Q, C). mask
-    broadcasts to (B, H, Q, T); where it is False, the attention weight is 0.
+    Queries q come from the Q tokens of x (B, Q, C), keys k and values v from context (B, T, C). The result is
+    (B, Q, C). mask broadcasts to (B, H, Q, T); where it is False, the attention weight is 0.
     """
 
     def __init__(self, config):
         super().__init__()
         self.num_heads = config.num_attention_heads
-        # Four Linears, because lora.py replaces Linears. nn.MultiheadAttention uses its Linear's weights
-        # without calling it, so a LoRA layer in its place would never run (peft #761).
+        # Four Linears, because lora.py replaces Linears. nn.MultiheadAttention has one, out_proj, and never
+        # calls it, so a LoRA layer in its place would not run (peft #761).
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -116,8 +117,8 @@ class Attention(nn.Module):
 
 
 def quick_gelu(x):
-    """OpenAI's approximation of GELU. Weights that were trained with one of the two need it (open_clip
-    #771)."""
+    """OpenAI's approximation of GELU. Weights trained with one of the two lose accuracy with the other
+    (open_clip #771)."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -139,8 +140,10 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm transformer block, x (B, T, C) to (B, T, C). Attention and MLP each read a normed copy of x
-    and add their result to x, so deep stacks train easily (Xiong et al. 2020, arXiv:2002.04745). `queries`
-    picks tokens of x: the block then computes the output of these alone, from the keys and values of all."""
+    and add their result to x, so deep stacks train easily (Xiong et al. 2020, arXiv:2002.04745).
+
+    queries: an index into (B, T), by default of all tokens. The block computes the output of these tokens
+    alone, from the keys and values of all."""
 
     def __init__(self, config):
         super().__init__()
@@ -157,9 +160,9 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A stack of blocks, x (B, T, C). Returns (B, C), the output of the token at pool_index, an int or (B,
-    1). mask is that of all blocks but the last. There this token is the only query, and pool_mask is its
-    mask."""
+    """A stack of blocks on x (B, T, C). Returns (B, C): the output of the token at pool_index, which is an
+    int or a tensor (B, 1). All blocks but the last use `mask`. In the last, the pooled token is the only
+    query, with the mask pool_mask."""
 
     def __init__(self, config):
         super().__init__()
@@ -345,7 +348,7 @@ def init_weights(model):
 
 
 def contrastive_loss(logits_per_image):
-    """The mean of two cross-entropies over logits (B, B), or over several such matrices (n, B, B), a scalar.
+    """The mean of two cross-entropies over logits (B, B), a scalar; of several (..., B, B), the mean.
 
     A row asks which caption fits its photo, a column which photo fits its caption. The right answers are on
     the diagonal. For three photos and their captions:
@@ -375,7 +378,7 @@ def rank_of_best_match(queries, answers, query_index, answer_index):
     similarity = queries @ answers.T  # (Q, A)
     correct = query_index[:, None] == answer_index
     best = similarity.masked_fill(~correct, -torch.inf).amax(dim=1, keepdim=True)
-    # Not `similarity >= best`, which is False for NaN: a broken model would have rank 0 everywhere.
+    # Comparisons with NaN are False. So NaN counts as not below, and a broken model does not get rank 0.
     not_below = ~(similarity < best) & ~correct
     return not_below.sum(dim=1)
 
@@ -396,8 +399,9 @@ def recall_at_k(image_embeds, text_embeds, image_index, ks=(1, 5, 10)):
 
 @torch.no_grad()
 def embed(model, split, batch_size=250):
-    """Embeddings of the photos (N, E) and the captions (M, E) of a data.Split, which holds N photos and the
-    token ids of M captions. Training photos don't fit, because they are stored with a margin for crops."""
+    """Embeddings of the photos (N, E) and the captions (M, E) of a data.Split, which holds N photos and, in
+    their order, the token ids of M captions. It must not be the training split, whose photos have a margin
+    for crops."""
     device, training = model.logit_scale.device, model.training
     model.eval()
     images, texts = [], []
@@ -415,12 +419,13 @@ def evaluate(model, split):
     """Loss and recalls in percent: {"loss", "t2i_r1", ..., "i2t_r10"}.
 
     A loss depends on how many photos are compared. This one is the mean over groups of 64 photos, so a guess
-    has ln 64 = 4.159; if there are fewer photos, they are one group. Every photo is compared with five of its
-    captions, one at a time. The loss can rise from overconfidence while recall still rises (open_clip #811).
+    has ln 64 = 4.159; if there are fewer photos, they are one group. A photo's first five captions take
+    turns, and come again if it has fewer. The loss can rise from overconfidence while recall still rises
+    (open_clip #811).
     """
     images, texts = embed(model, split)
     first, count = split.first_captions()  # (N,) each: index of a photo's first caption, number of captions
-    turns = first + torch.arange(5)[:, None] % count  # (5, N): the captions of each turn
+    turns = first + (torch.arange(5)[:, None] % count)  # (5, N): the captions of each turn
     size = min(64, len(images))
     groups = len(images) // size  # an incomplete last group is dropped
     photos = images[: groups * size].unflatten(0, (groups, size))  # (groups, size, E)
@@ -443,8 +448,8 @@ def describe(row):
 
 @dataclass
 class Recipe:
-    """How to train. The defaults are for a ViT-B/16 on a few thousand photos. Every setting is a flag. A
-    value out of range raises InputError."""
+    """How to train. The defaults were chosen for a ViT-B/16 on the 6,000 photos of Flickr8k. Every setting is
+    a flag. A value out of range raises InputError."""
 
     # Each setting has its default, its least and largest value, and its help text.
     epochs: int = data.setting(60, 1, 1e6, "epochs; the last incomplete batch of each is dropped")
@@ -507,7 +512,8 @@ def make_batch(split, pairs, model, recipe):
         pixels = data.augment(photos, config.image_size, recipe)
     else:  # drawn scenes have none, as a crop would make "left" and "large" wrong: all views are the same
         pixels = data.normalize(photos).repeat_interleave(recipe.views, dim=0)
-    # cut: all batches have the same T, so that the text tower is compiled once. One caption in 1,000 is cut.
+    # cut: T is enough for 99.9 % of the captions and the same in every batch, so that the text tower is
+    # compiled once. The others are cut.
     ids = split.tokens(pairs[:, 1:].flatten(), device, cut=True)
     return pixels, data.augment_captions(ids, config, recipe.word_dropout)
 
@@ -527,8 +533,8 @@ def update_weights(model, optimizers, scaler, lr):
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # one odd batch can't throw the model far
-    # If the fp16 gradients of one optimizer overflow, the norm is infinite, and clipping makes those of the
-    # other one 0. scaler.step would skip only the first: skip both.
+    # If fp16 gradients overflow, the norm is infinite, and clipping makes all finite gradients 0. scaler.step
+    # skips only an optimizer that has infinite ones: skip both.
     overflow = scaler.is_enabled() and not norm.isfinite()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -540,20 +546,22 @@ def update_weights(model, optimizers, scaler, lr):
     model.logit_scale.data.clamp_(max=math.log(100))  # the paper's bound (openai/CLIP #46)
 
 
-SAVE_FRACTION = 0.05  # the largest fraction of the time in which `train` writes checkpoints
+SAVE_FRACTION = 0.05  # `train` spends at most this fraction of its time on checkpoints
 
 
 def train(model, splits, recipe, run_dir, resume=False, compile=False):
     """Train the parameters that require a gradient, in place. Returns (ema_model, history).
 
     ema_model is a copy with the moving average of the weights: evaluate and use this one. history has a row
-    for each epoch. run_dir gets log.csv and checkpoint.pt. `resume` continues from the checkpoint, with more
-    epochs if you like; on the CPU a resumed run is bit for bit the uninterrupted one.
+    for each epoch. After an epoch, if this takes little of the time, log.csv and checkpoint.pt are written to
+    run_dir. `resume` continues from there, with more epochs if you like; on the CPU a resumed run is bit for
+    bit the uninterrupted one.
     """
     split, B, device = splits["train"], recipe.batch_size, model.logit_scale.device
     steps_per_epoch = len(split.photos) // B
     steps = recipe.epochs * steps_per_epoch
-    # One crop and one caption of each photo, one process, and the whole batch at once.
+    # Plain CLIP has one crop and one caption of each photo, one process, and the whole batch at once. The
+    # drawn scenes are trained so. The default recipe takes train_step_general, which comes later.
     is_plain = recipe.views == recipe.texts == WORLD_SIZE == 1 and not recipe.micro_batch
     model.vision_model.embeddings.patch_dropout = recipe.patch_dropout
     optimizers = make_optimizers(model, recipe)
@@ -677,10 +685,10 @@ def resume_run(run_dir, settings, model, ema_model, optimizers):
 
 @torch.no_grad()
 def init_mimetic(model):
-    """Set k_proj to q_proj: a token attends to tokens like itself. Set out_proj to -v_proj^T: the mean of V^T
-    V is I, so on average a block subtracts the mean of those tokens. Large trained models look like this, but
-    few photos don't teach it. It simplifies mimetic initialisation (Trockman & Kolter 2023,
-    arXiv:2305.09828)."""
+    """Set k_proj to q_proj: a token attends to tokens like itself. Set out_proj to a multiple of -v_proj^T:
+    a block subtracts, on average over random weights, a fraction of the mean of those tokens. Large trained
+    models look like this, but few photos don't teach it. It simplifies mimetic initialisation (Trockman &
+    Kolter 2023, arXiv:2305.09828)."""
     for tower in (model.vision_model, model.text_model):
         for block in tower.encoder.layers:
             attention = block.self_attn
@@ -730,8 +738,8 @@ class Muon(torch.optim.Optimizer):
             buffer = state["momentum_buffer"].lerp_(gradients, 1 - momentum)
             updates = orthogonalize(gradients.lerp(buffer, momentum)).float()
             torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
-            # Scale the updates to a root mean square of 0.2, as AdamW's usually have. That of an orthogonal
-            # matrix is one over the root of its longer side.
+            # Scale the updates to a root mean square of 0.2, as AdamW's usually have. An orthogonal matrix
+            # has one of 1 / sqrt(longer side).
             torch._foreach_add_(matrices, updates.unbind(), alpha=-lr * 0.2 * max(matrices[0].shape) ** 0.5)
 
 
@@ -763,7 +771,7 @@ def update_ema(ema_model, model, step):
     torch._foreach_lerp_(averages, weights, 3 / (4 + step))
 
 
-# --- Large batches and several GPUs ----------------------------------------------------------------------
+# --- The general step: several crops and captions, large batches, several GPUs ----------------------------
 
 
 def gather_rows(x):
@@ -774,14 +782,14 @@ def gather_rows(x):
 
 def train_step_general(model, optimizers, scaler, pixels, ids, lr, recipe):
     """train_step for V crops (B V, 3, S, S) and K captions (B K, T) of each photo, micro-batches and several
-    processes. The loss compares all pairs of all processes, but a GPU encodes only micro_batch photos at a
-    time:
+    processes. The loss compares all pairs of all processes. If a GPU encodes only micro_batch photos at once:
 
     1. Encode all micro-batches without keeping activations.
     2. Compute the loss of all embeddings, and its gradient with respect to each embedding.
     3. Encode each micro-batch again, now with activations, and backpropagate its part of that gradient.
 
-    This is gradient caching (Gao et al. 2021, arXiv:2101.06983): the gradient is that of the whole batch."""
+    This is gradient caching (Gao et al. 2021, arXiv:2101.06983): the gradient is that of the whole batch.
+    With one micro-batch, the function encodes once and backpropagates the loss."""
     size = recipe.micro_batch or len(pixels) // recipe.views
     pixel_parts, id_parts = pixels.split(size * recipe.views), ids.split(size * recipe.texts)
     is_cached, seed = len(pixel_parts) > 1, torch.initial_seed()  # which `train` set for this step
@@ -798,8 +806,8 @@ def train_step_general(model, optimizers, scaler, pixels, ids, lr, recipe):
     if is_cached:
         image_embeds.requires_grad_()
         text_embeds.requires_grad_()
-        # Several backward passes add to p.grad. Where backward finds None, it may keep the output of a CUDA
-        # graph (see `graphed`), which the next replay overwrites. So p.grad gets memory of its own.
+        # Several backward passes add to p.grad. If it is None, the first one stores its own result there
+        # without a copy. The next replay of a CUDA graph overwrites that: give p.grad memory of its own.
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
     loss, photo_caption = multiview_loss(model, gather_rows(image_embeds), gather_rows(text_embeds))
@@ -811,7 +819,8 @@ def train_step_general(model, optimizers, scaler, pixels, ids, lr, recipe):
             # By the chain rule, this sum has the same gradient with respect to the weights as the loss.
             ((images * image_grads[i]).sum() + (texts * text_grads[i]).sum()).backward()
     if WORLD_SIZE > 1:
-        # gather_rows adds up the gradients of all processes, and each has the same whole loss: divide.
+        # Every process backpropagates the same whole loss, and gather_rows adds these up, so the sum over
+        # processes is WORLD_SIZE times the gradient.
         for p in model.parameters():
             if p.grad is not None:
                 dist.all_reduce(p.grad)
@@ -821,8 +830,8 @@ def train_step_general(model, optimizers, scaler, pixels, ids, lr, recipe):
 
 
 def open_device(name):
-    """The torch.device of this name. With torchrun, connect its processes, to each of which data.Parser gives
-    another GPU. InputError if the device can't be used."""
+    """The torch.device of this name, by default the GPU of LOCAL_RANK. With torchrun, connect its processes.
+    InputError if the device can't be used."""
     try:
         device = torch.zeros(1, device=name).device  # with an index, as in "cuda:0"
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without CUDA
@@ -857,7 +866,7 @@ def autocast(device):
 def compile_model(model):
     """Compile the blocks of both towers, and record each tower as a CUDA graph: without one, the GPU waits
     for Python, which starts about a thousand kernels in a pass. The last block has little work, so it is not
-    compiled. The recorded towers stay in training mode: evaluate a copy made before, such as ema_model."""
+    compiled. eval() does not reach what is recorded: evaluate a copy made before, such as ema_model."""
     gc.collect()  # free the graphs of a model that this process trained before
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 64  # all blocks share one function, with a version for each shape
@@ -871,7 +880,7 @@ def compile_model(model):
 def graphed(tower):
     """A forward function for the tower that records a CUDA graph for each new shape of x, then replays it."""
     graphs, pool = {}, torch.cuda.graph_pool_handle()
-    eager = copy.copy(tower)  # it shares the weights and keeps the forward function that is replaced
+    eager = copy.copy(tower)  # keeps the original forward function, since compile_model replaces it
 
     def forward(x):
         if x.shape not in graphs:

@@ -1750,8 +1750,8 @@ EXERCISES = [  # for each exercise of the README, a line of clip.py and what rep
     ),
     (
         "return (loss_image + loss_text) / 2",
-        "B = len(logits_per_image)\n"
-        "return -F.logsigmoid((2 * torch.eye(B) - 1) * (logits_per_image - math.log(B))).sum() / B",
+        "B = logits_per_image.shape[-1]\n"
+        "return -F.logsigmoid((2 * torch.eye(B) - 1) * (logits_per_image - math.log(B))).sum(dim=-1).mean()",
     ),
     ("return (loss_image + loss_text) / 2", "return loss_image"),
     (
@@ -1771,6 +1771,7 @@ def test_the_readmes_exercises_change_a_line_that_runs(old, new):
     loss = changed.contrastive_loss(changed.CLIP(SMALL)(photos(3), captions([3, 5, 9])))
     loss.backward()
     assert loss.isfinite() and loss != 0
+    assert changed.contrastive_loss(torch.randn(5, 2, 3, 3)).isfinite()  # as `evaluate` calls it
 
 
 def test_the_readmes_pictures_are_there():
