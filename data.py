@@ -611,7 +611,7 @@ def draw_curve(path, history, photos):
     chance = math.log(min(64, photos))  # clip.evaluate compares groups of 64 photos
     left.axhline(chance, color="C1", ls=":", label="validation, chance")
     left.set(xlabel="epoch", ylabel="contrastive loss", ylim=(0, None))
-    for name, label, style in (("t2i_r", "text to image", "o-"), ("i2t_r", "image to text", "o--")):
+    for name, label, style in (("t2i_r", "text to image", "o-"), ("i2t_r", "image to text", "x--")):
         for k, color in ((10, "C2"), (5, "C1"), (1, "C0")):
             recall = [row[f"{name}{k}"] for row in history]
             right.plot(epochs, recall, style, ms=3, color=color, label=f"R@{k} {label}")
