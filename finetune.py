@@ -358,9 +358,7 @@ def study(base, splits, recipes, out, compile=False):
 
 def parse_args(argv):
     parser = data.Parser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--base", default="openai/clip-vit-base-patch16", help="run, adapter, folder, hub name"
-    )
+    parser.add_argument("--base", default="openai/clip-vit-base-patch16", help="run, adapter or model")
     parser.add_argument("--tokenizer", metavar="NAME", help="folder or hub name; None is the base's own")
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--classify", metavar="FOLDER", help="find the CLASS of each photo FOLDER/CLASS/*")
