@@ -118,8 +118,7 @@ class Attention(nn.Module):
 
 
 def quick_gelu(x):
-    """OpenAI's approximation of GELU. Weights trained with one of the two lose accuracy with the other
-    (open_clip #771)."""
+    """OpenAI's approximation of GELU. Weights for one of them are worse with the other (open_clip #771)."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -154,8 +153,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, mask=None, queries=slice(None)):
-        # Under autocast Encoder gives x 16 bits, but LayerNorm returns fp32: cast it once, not in q, k and v
-        # each.
+        # Under autocast x has 16 bits (see Encoder), but LayerNorm returns fp32: cast once for q, k and v.
         normed = self.layer_norm1(x).to(x.dtype)
         x = x[queries] + self.self_attn(normed[queries], normed, mask)
         return x + self.mlp(self.layer_norm2(x).to(x.dtype))
@@ -477,10 +475,12 @@ class Recipe:
         data.check_settings(self)
 
 
-# The settings of plain CLIP, which finetune.py uses too: no recipe for few photos, and larger crops. Drawn
-# scenes are trained with these and Muon.
+# Plain CLIP, for finetune.py and, with Muon, for drawn scenes: no recipe for few photos, and larger crops.
 PLAIN = dict(muon=0, views=1, crop_scale=0.4, color_jitter=0.0, patch_dropout=0.0, texts=1, word_dropout=0.0)
 DRAWN_RECIPE = Recipe(**(PLAIN | dict(epochs=8, warmup=0.5, weight_decay=0.3, muon=1)))
+# The tiny model on photos: it is short of steps, not of variety.
+TINY_RECIPE = Recipe(epochs=16, lr=2e-3, warmup=1.0, weight_decay=0.3, crop_scale=0.3)
+TINY_RECIPE = replace(TINY_RECIPE, color_jitter=0.2, patch_dropout=0.5, word_dropout=0.2)
 
 
 def make_optimizers(model, recipe):
@@ -517,8 +517,7 @@ def make_batch(split, pairs, model, recipe):
         pixels = data.augment(photos, config.image_size, recipe)
     else:  # drawn scenes have none, as a crop would make "left" and "large" wrong: all views are the same
         pixels = data.normalize(photos).repeat_interleave(recipe.views, dim=0)
-    # cut: T is the same in every batch, so that the text tower is compiled once. The longest 0.1 % of the
-    # captions are cut.
+    # cut: T is the same in every batch, so the text tower is compiled once. One caption in 1,000 is cut.
     ids = split.tokens(pairs[:, 1:].flatten(), device, cut=True)
     return pixels, data.augment_captions(ids, config, recipe.word_dropout)
 
@@ -942,9 +941,12 @@ def parse_args(argv):
     tokenizer = "openai/clip-vit-base-patch16"
     parser.add_argument("--tokenizer", default=tokenizer, help="hub name, folder, or `train` to train one")
     parser.add_recipe(Recipe())  # and --data, --captions, --photos, --out, --resume, --device, --compile
-    if parser.first_look(argv).data in data.DRAWN:  # parse once to learn --data, on which defaults depend
+    given = parser.first_look(argv)  # parse once to learn --data and --model, on which defaults depend
+    if given.data in data.DRAWN:
         drawn = {"model": "tiny", "text": "causal", "init": "openai", "tokenizer": "train"}
         parser.set_defaults(**drawn, **asdict(DRAWN_RECIPE))
+    elif given.model == "tiny":
+        parser.set_defaults(**asdict(TINY_RECIPE))
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / Path(args.data).absolute().name
     return args

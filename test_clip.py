@@ -1265,6 +1265,16 @@ def tiny_model(few_splits):
     return CLIP(replace(PRESETS["tiny"], **ends))
 
 
+def test_defaults_fit_the_data_and_the_model():
+    def recipe_of(flags):
+        args = vars(clip.parse_args(flags.split()))
+        return clip.Recipe(**{name: args[name] for name in vars(PLAIN)}), args["model"], args["text"]
+
+    assert recipe_of("") == (clip.Recipe(), "ViT-B/16", "bert")
+    assert recipe_of("--data shapes --lr 1") == (replace(clip.DRAWN_RECIPE, lr=1), "tiny", "causal")
+    assert recipe_of("--model tiny") == (clip.TINY_RECIPE, "tiny", "bert")
+
+
 @pytest.mark.parametrize("epochs", [3, 5])
 def test_learning_rate_rises_then_stays_constant(epochs, few_splits, monkeypatch):
     rates = []
