@@ -662,7 +662,7 @@ def load_checkpoint(run_dir):
 
 def resume_run(run_dir, settings, model, ema_model, optimizers):
     """Restore what save_run saved and return the history, empty if there is no checkpoint yet. InputError if
-    the model, the recipe or the data differ; only the number of epochs and micro_batch may."""
+    the model, the recipe or the data differ; only micro_batch may, and epochs may grow."""
     if not (Path(run_dir) / "checkpoint.pt").exists():
         print(f"new run   {run_dir}")
         return []
@@ -674,11 +674,14 @@ def resume_run(run_dir, settings, model, ema_model, optimizers):
         if before != value and name not in ("epochs", "micro_batch"):
             difference = f"{name} was {before} and is {value} now"
             raise data.InputError(f"{run_dir} can't be resumed: {difference}. Give another --out")
+    done, epochs = len(state["history"]), settings["recipe"]["epochs"]
+    if done > epochs:
+        raise data.InputError(f"{run_dir} has {done} epochs already: give --epochs {done} or more")
     model.load_state_dict(state["model"], strict=False)  # a checkpoint has only the weights that are trained
     ema_model.load_state_dict(state["ema_model"], strict=False)
     for optimizer, optimizer_state in zip(optimizers, state["optimizers"]):
         optimizer.load_state_dict(optimizer_state)
-    print(f"resumed   after epoch {len(state['history'])}")
+    print(f"resumed   after epoch {done}")
     return state["history"]
 
 

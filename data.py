@@ -98,7 +98,7 @@ class Split:
         About one caption in a thousand is cut."""
         longest = self.usual_length if cut else int(self.lengths[rows].max())
         ids = self.ids[rows, : math.ceil(longest / 8) * 8]
-        ids[:, -1] = self.ids[rows, -1]  # the end token, or padding with its id
+        ids[:, -1] = self.ids[rows, -1]  # a cut caption ends in the end token (padding has its id)
         return ids.to(device, non_blocking=True)
 
     def fingerprint(self):
@@ -147,7 +147,7 @@ def color_jitter(pixels, strength, grey=0.2):
 
 def random_resized_crop(pixels, size, scale, views, ratio=(3 / 4, 4 / 3)):
     """Random crops (B V, 3, size, size) of pixels (B, 3, S, S), half of them mirrored. A crop has between
-    `scale` and 1 of the photo's area and a width / height in `ratio`, but no side longer than the photo's."""
+    `scale` and 1 of the photo's area and a width / height in `ratio`, until too long sides are cut off."""
     B, V, device = len(pixels), views, pixels.device
     area = torch.empty(B * V, device=device).uniform_(scale, 1)
     aspect = torch.empty(B * V, device=device).uniform_(*np.log(ratio)).exp()
@@ -304,7 +304,9 @@ def read_rows(path):
                 raise ValueError(f"not one photo and one caption column among {', '.join(map(str, row))}")
             if None in photos + captions or None in row:  # a missing cell, or cells beyond the header
                 raise ValueError(f"too few or too many cells beside {photos[0]}: put captions in quotes")
-            if "raw" in row:  # the hub's file has the five captions of a photo as a JSON list in one cell
+            if "raw" in row and captions[0].startswith(
+                "["
+            ):  # the hub's file has five captions in a JSON list
                 captions = json.loads(captions[0])
             yield photos[0], row.get("split"), captions
 
@@ -343,13 +345,14 @@ def read_captions(folder, path=None):
 
 
 def with_splits(photos):
-    """Give each photo that has no split one that depends on a hash of its name."""
+    """Give each photo that has no split one: the order of the hashes of all names decides."""
     missing = [name for name, (split, _) in photos.items() if not split]
     if missing:
         print("splits    by a hash of the photos' names: recall does not compare with published figures")
     missing.sort(key=lambda name: zlib.crc32(PurePosixPath(name).name.encode()))
     count = len(missing)
     val, test = (max(2, count // 10), 0) if count < 1000 else (count // 20, count // 20)
+    # zip stops after the last name.
     splits = dict(zip(missing, ["val"] * val + ["test"] * test + ["train"] * count))
     return {name: (split or splits[name], captions) for name, (split, captions) in photos.items()}
 
@@ -731,7 +734,7 @@ class Parser(argparse.ArgumentParser):
         add("--compile", action=argparse.BooleanOptionalAction, default=True, help="CUDA only")
 
     def first_look(self, argv):
-        """The flags, for defaults that depend on them. --help would show those before."""
+        """The flags, for defaults that depend on them. The second parse, which has these, shows --help."""
         argv = sys.argv[1:] if argv is None else argv
         return self.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]
 

@@ -17,6 +17,7 @@ import contextlib
 import copy
 import statistics
 import sys
+import zlib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -84,11 +85,11 @@ def load_released(name, tokenizer):
     if end == 2:  # old configurations have this wrong id (transformers #24650)
         vocabulary = data.load_tokenizer(tokenizer)
         end = vocabulary.eos_token_id
-        if end != max(vocabulary.get_vocab().values()):
+        if end != max(vocabulary.get_vocab().values()):  # at which transformers reads a caption then
             raise InputError(f"{name}/config.json: set eos_token_id to {end}: other tokens have larger ids")
     towers = [TowerConfig(*[getattr(x, f.name) for f in fields(TowerConfig)]) for x in (vision, text)]
-    others = {name: getattr(vision, name) for name in ("image_size", "patch_size")}
-    others |= {name: getattr(text, name) for name in ("vocab_size", "max_position_embeddings")}
+    others = {key: getattr(vision, key) for key in ("image_size", "patch_size")}
+    others |= {key: getattr(text, key) for key in ("vocab_size", "max_position_embeddings")}
     others |= {"eos_token_id": end, "projection_dim": released.projection_dim, "causal": True}
     try:
         theirs, report = transformers.CLIPModel.from_pretrained(name, output_loading_info=True)
@@ -103,7 +104,7 @@ def load_released(name, tokenizer):
 
 
 def from_pretrained(name_or_dir, tokenizer=None):
-    """The CLIP of a run of clip.py, an adapter, a Hugging Face folder or a hub name, in eval mode on the CPU.
+    """The CLIP of a run of clip.py, an adapter's folder, a Hugging Face folder or a hub name, on the CPU.
     tokenizer: folder or hub name of its tokenizer, if it isn't beside the weights."""
     folder = Path(name_or_dir)
     if (folder / "adapter_config.json").exists():
@@ -112,7 +113,7 @@ def from_pretrained(name_or_dir, tokenizer=None):
             model = from_pretrained(base, tokenizer)
             lora.load_adapter(model, folder)
             lora.merge(model)
-        except (TypeError, ValueError) as error:  # TypeError: it names no base
+        except Exception as error:  # a malformed configuration raises almost anything
             raise InputError(f"can't open the adapter in {folder}: {data.first_line(error)}") from error
         model.requires_grad_(True)  # load_adapter froze the base
         tokenizer = model.tokenizer_path
@@ -130,8 +131,7 @@ def tokenizer_of(model):
     tokenizer = data.load_tokenizer(getattr(model, "tokenizer_path", None))
     end, size = model.config.eos_token_id, model.config.vocab_size
     if tokenizer.eos_token_id != end or max(tokenizer.get_vocab().values()) >= size:
-        needed = f"the model has {size} tokens and the end token {end}"
-        raise InputError(f"the tokenizer does not fit ({needed}): --tokenizer names another")
+        raise InputError(f"the tokenizer does not fit a model of {size} tokens with the end token {end}")
     return tokenizer
 
 
@@ -168,7 +168,7 @@ class LoRARecipe(Recipe):
     r: int = 64  # 0 trains all weights
     alpha: float = 128.0
     targets: tuple = ("q_proj", "k_proj", "v_proj")
-    base_loss: float = 0.0  # the base's validation loss, which identifies the base when a run is resumed
+    base_checksum: int = 0  # of the base's weights, so that a run is not resumed with another base
 
 
 # For released weights, after amirhossein-yousefi/Image-Contrastive-CLIP; for runs of clip.py; for drawn data.
@@ -194,7 +194,7 @@ def adapt(base, splits, recipe, run_dir, resume=False, compile=False):
             linear.weight.data = linear.weight.data.to(dtype)
     trainable, total = lora.trainable_parameters(model)
     print(f"\n{run_dir.name}: training {trainable:,} of {total:,} parameters, {trainable / total:.2%}")
-    model, history = clip.train(model, splits, recipe, run_dir, resume, compile)
+    model, history = clip.train(model, splits, recipe, run_dir, resume, compile)  # now the moving average
     if recipe.r:
         for name, linear in lora.linears_of(model).items():
             linear.weight.data = base.get_submodule(name).weight.data  # in fp32 again
@@ -224,7 +224,7 @@ def photos_below(folder):
 def embed_folder(model, tokenizer, photos, sentences):
     """Embeddings of photos {name: path}, (N, E), and of sentences, (M, E)."""
     pixels = data.photo_store(photos, model.config.image_size)
-    captions = [sentences] + [[]] * (len(photos) - 1)  # a Split needs a photo for each: the first
+    captions = [sentences] + [[]] * (len(photos) - 1)  # all belong to the first photo, as each needs one
     context = model.config.max_position_embeddings
     return clip.embed(model, data.make_split(list(photos), pixels, captions, tokenizer, context))
 
@@ -239,7 +239,7 @@ def classify(model, tokenizer, folder, templates=PROMPTS):
     folders = [name.split("/")[0] for name in photos]
     class_of = [name.replace("_", " ").lower() for name in folders]
     classes = sorted(set(class_of))
-    if len(classes) < max(2, len(set(folders))):
+    if len(classes) < max(2, len(set(folders))):  # fewer classes than folders: two have the same name
         raise InputError(f"{folder} needs two or more folders of photos, with the names of different classes")
     prompts = [template.replace("{}", name) for name in classes for template in templates]
     images, texts = embed_folder(model, tokenizer, photos, prompts)  # (N, E), (classes x templates, E)
@@ -267,18 +267,17 @@ def search(model, tokenizer, folder, query, count=8):
 
 def own_data(base):
     """{name: validation split} of the data that a base learnt, if it is a run, to measure what it forgets."""
-    run_dir, c = Path(base.name_or_path), base.config
+    run_dir = Path(base.name_or_path)
     if not (run_dir / "checkpoint.pt").exists():
         return {}
     checkpoint, splits = clip.load_checkpoint(run_dir), {}
     source = checkpoint["source"]
     if source in data.DRAWN or Path(source).exists():  # do not download it again
-        sizes = c.image_size, c.max_position_embeddings
         with contextlib.suppress(InputError):  # limit=2, since no training photo is used
-            splits, _ = data.load(source, base.tokenizer_path, *sizes, limit=2)
+            splits, _ = data.load(source, base.tokenizer_path, base.config.image_size, limit=2)
     if splits and splits["val"].fingerprint() in checkpoint["data"]:
         return {f"{Path(source).name} val": splits["val"]}
-    print(f"the base's own data, {source}, have moved or changed: what it forgets is not shown")
+    print(f"the base's own data, {source}, can't be loaded as they were: what it forgets is not shown")
     return {}
 
 
@@ -332,13 +331,14 @@ def draw_study(path, rows, judged):
 
 def study(base, splits, recipes, out, compile=False):
     """Adapt the base by each recipe, in a subfolder of `out`, and compare all in study.csv, study.png and a
-    printed table. The same call continues a study that was stopped. Other settings are an InputError."""
+    printed table. The same call continues a study that was stopped. Only the number of epochs may grow."""
     judged = {name: split for name, split in splits.items() if name != "train"} | own_data(base)
     zero_shot = evaluate_all(base, "zero-shot", judged)
     rows = [{"variant": "zero-shot", "seed": "", "trainable": 0, "minutes": 0.0}]
     rows[0] |= {"lowest val loss": zero_shot["val loss"]} | zero_shot
+    checksum = zlib.crc32(b"".join(x.cpu().numpy().tobytes() for x in base.state_dict().values()))
     for recipe in recipes:
-        recipe = replace(recipe, base_loss=round(zero_shot["val loss"], 2))
+        recipe = replace(recipe, base_checksum=checksum)
         name, variant = (f"r{recipe.r}", f"r={recipe.r}") if recipe.r else ("full", "all weights")
         run_dir = out / f"{name}-seed{recipe.seed}"
         model, history = adapt(base, splits, recipe, run_dir, resume=True, compile=compile)

@@ -33,6 +33,7 @@ class LoRALinear(nn.Linear):
     that a large r learns as fast as a small one (arXiv:2312.03732)."""
 
     def __init__(self, base, r, alpha, dropout=0.0, use_rslora=False):
+        # "meta" allocates nothing: the weights are the base's.
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
         self.weight, self.bias = base.weight, base.bias
         self.r, self.alpha, self.use_rslora = r, alpha, use_rslora
@@ -137,8 +138,8 @@ def set_strength(model, strength):
 @torch.no_grad()
 def merge(model):
     """Add each adapter to its weight and put a plain Linear in its place: the same function without extra
-    work, as peft's merge_and_unload. In some libraries eval() merges, and a state dict that is saved after it
-    holds changed weights (peft #1035)."""
+    work, as peft's merge_and_unload. Unlike in some libraries, eval() does not merge here, so a state dict
+    keeps the base's weights until you merge (peft #1035)."""
     layers = adapters(model)
     deltas = [layer.delta() for layer in layers.values()]
     if not all(delta.isfinite().all() for delta in deltas):
@@ -166,7 +167,8 @@ def save_adapter(model, folder, base=None):
         "base_model_name_or_path": base and str(base),
         "r": first.r,
         "lora_alpha": first.alpha,
-        # peft matches a pattern with the end of a name. With ^ it matches this whole name alone.
+        # peft searches for (.*\.)?PATTERN$, so that a pattern may be the end of a name. With ^ it must be the
+        # whole name.
         "rank_pattern": {f"^{name}": layer.r for name, layer in layers.items() if layer.r != first.r},
         "alpha_pattern": {f"^{name}": x.alpha for name, x in layers.items() if x.alpha != first.alpha},
         "lora_dropout": first.dropout.p,
@@ -180,6 +182,7 @@ def save_adapter(model, folder, base=None):
     files = {"adapter_model.safetensors": save(tensors, {"format": "pt"})}
     files |= {"adapter_config.json": json.dumps(config, indent=1).encode()}
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").unlink(missing_ok=True)  # no old configuration beside new weights
     for name, content in files.items():  # each file appears whole or not at all
         temporary = folder / f".{name}.partial"
         temporary.write_bytes(content)
@@ -211,7 +214,8 @@ def read_adapter(folder):
     default = peft.LoraConfig()
     for name, value in vars(config).items():
         if name not in MAY_DIFFER and value and value not in (getattr(default, name, None), "gaussian"):
-            raise ValueError(f"{folder} is not plain LoRA: its {name} is {getattr(value, 'value', value)}")
+            value = getattr(value, "value", value)  # peft_type is an enumeration
+            raise ValueError(f"{folder} is not plain LoRA: its {name} is {value}")
     return config, tensors
 
 
@@ -221,6 +225,7 @@ def load_adapter(model, folder):
     folder, linears = Path(folder), linears_of(model)
     config, tensors = read_adapter(folder)
     names = list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
+    # An adapter that was saved from one tower has names without the tower's.
     parts = [part for part, _ in model.named_children()]
     towers = [part for part in parts if any(f"{part}.{name}" in linears for name in names)]
     if towers:
