@@ -550,22 +550,22 @@ def update_weights(model, optimizers, scaler, lr):
     model.logit_scale.data.clamp_(max=math.log(100))  # the paper's bound (openai/CLIP #46)
 
 
-SAVE_FRACTION = 0.05  # `train` spends about this fraction of its time on checkpoints, at most
+SAVE_FRACTION = 0.05  # `train` spends at most about this fraction of its time on checkpoints
 
 
 def train(model, splits, recipe, run_dir, resume=False, compile=False):
     """Train the parameters that require a gradient, in place. Returns (ema_model, history).
 
     ema_model is a copy with the moving average of the weights: evaluate and use this one. history has a row
-    for each epoch. After an epoch, if this takes little of the time, log.csv and checkpoint.pt are written to
-    run_dir. `resume` continues from there, with more epochs if you like; on the CPU a resumed run is bit for
-    bit the uninterrupted one.
+    for each epoch. log.csv and checkpoint.pt are written to run_dir after an epoch, as long as this takes
+    little of the time. `resume` continues from there, with more epochs if you like; on the CPU a resumed run
+    is bit for bit the uninterrupted one.
     """
     split, B, device = splits["train"], recipe.batch_size, model.logit_scale.device
     steps_per_epoch = len(split.photos) // B
     steps = recipe.epochs * steps_per_epoch
-    # One crop and one caption of each photo, one process and the whole batch at once need only train_step: so
-    # are drawn scenes trained. The default recipe takes train_step_general, which comes later.
+    # One crop and one caption of each photo, one process and the whole batch at once need only train_step.
+    # Drawn scenes are trained with it. The default recipe takes train_step_general, which comes later.
     is_simple = recipe.views == recipe.texts == WORLD_SIZE == 1 and not recipe.micro_batch
     model.vision_model.embeddings.patch_dropout = recipe.patch_dropout
     optimizers = make_optimizers(model, recipe)
@@ -662,7 +662,7 @@ def load_checkpoint(run_dir):
 
 def resume_run(run_dir, settings, model, ema_model, optimizers):
     """Restore what save_run saved and return the history, empty if there is no checkpoint yet. InputError if
-    the model, the recipe or the data differ; only micro_batch may, and epochs may grow."""
+    the model, the recipe or the data differ. Only micro_batch may differ, and epochs may grow."""
     if not (Path(run_dir) / "checkpoint.pt").exists():
         print(f"new run   {run_dir}")
         return []

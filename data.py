@@ -147,7 +147,8 @@ def color_jitter(pixels, strength, grey=0.2):
 
 def random_resized_crop(pixels, size, scale, views, ratio=(3 / 4, 4 / 3)):
     """Random crops (B V, 3, size, size) of pixels (B, 3, S, S), half of them mirrored. A crop has between
-    `scale` and 1 of the photo's area and a width / height in `ratio`, until too long sides are cut off."""
+    `scale` and 1 of the photo's area and a width / height in `ratio`, but a side longer than the photo's is
+    shortened to it."""
     B, V, device = len(pixels), views, pixels.device
     area = torch.empty(B * V, device=device).uniform_(scale, 1)
     aspect = torch.empty(B * V, device=device).uniform_(*np.log(ratio)).exp()
@@ -304,9 +305,8 @@ def read_rows(path):
                 raise ValueError(f"not one photo and one caption column among {', '.join(map(str, row))}")
             if None in photos + captions or None in row:  # a missing cell, or cells beyond the header
                 raise ValueError(f"too few or too many cells beside {photos[0]}: put captions in quotes")
-            if "raw" in row and captions[0].startswith(
-                "["
-            ):  # the hub's file has five captions in a JSON list
+            # The hub's file has the five captions of a photo as a JSON list in one cell.
+            if "raw" in row and captions[0].startswith("["):
                 captions = json.loads(captions[0])
             yield photos[0], row.get("split"), captions
 

@@ -28,6 +28,7 @@ import lora
 # isort: split
 import torch
 import transformers
+from matplotlib.figure import Figure
 
 from clip import CLIP, CLIPConfig, Recipe, TowerConfig
 from data import InputError, setting
@@ -85,7 +86,7 @@ def load_released(name, tokenizer):
     if end == 2:  # old configurations have this wrong id (transformers #24650)
         vocabulary = data.load_tokenizer(tokenizer)
         end = vocabulary.eos_token_id
-        if end != max(vocabulary.get_vocab().values()):  # at which transformers reads a caption then
+        if end != max(vocabulary.get_vocab().values()):  # transformers then reads at the largest id
             raise InputError(f"{name}/config.json: set eos_token_id to {end}: other tokens have larger ids")
     towers = [TowerConfig(*[getattr(x, f.name) for f in fields(TowerConfig)]) for x in (vision, text)]
     others = {key: getattr(vision, key) for key in ("image_size", "patch_size")}
@@ -194,7 +195,7 @@ def adapt(base, splits, recipe, run_dir, resume=False, compile=False):
             linear.weight.data = linear.weight.data.to(dtype)
     trainable, total = lora.trainable_parameters(model)
     print(f"\n{run_dir.name}: training {trainable:,} of {total:,} parameters, {trainable / total:.2%}")
-    model, history = clip.train(model, splits, recipe, run_dir, resume, compile)  # now the moving average
+    model, history = clip.train(model, splits, recipe, run_dir, resume, compile)  # the moving average
     if recipe.r:
         for name, linear in lora.linears_of(model).items():
             linear.weight.data = base.get_submodule(name).weight.data  # in fp32 again
@@ -312,8 +313,6 @@ def table(rows, judged):
 
 def draw_study(path, rows, judged):
     """Lowest validation loss, and R@10 on each validation split, against the number of trained parameters."""
-    from matplotlib.figure import Figure
-
     panels = ["lowest val loss", *(f"{name} r10" for name in judged if name.endswith("val"))]
     figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(panels)), panels):

@@ -182,11 +182,11 @@ def save_adapter(model, folder, base=None):
     files = {"adapter_model.safetensors": save(tensors, {"format": "pt"})}
     files |= {"adapter_config.json": json.dumps(config, indent=1).encode()}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_config.json").unlink(missing_ok=True)  # no old configuration beside new weights
     for name, content in files.items():  # each file appears whole or not at all
-        temporary = folder / f".{name}.partial"
-        temporary.write_bytes(content)
-        os.replace(temporary, folder / name)
+        (folder / f".{name}.partial").write_bytes(content)
+    (folder / "adapter_config.json").unlink(missing_ok=True)  # no old configuration beside new weights
+    for name in files:
+        os.replace(folder / f".{name}.partial", folder / name)
 
 
 # Settings of peft.LoraConfig that we obey, and those that don't matter once an adapter is trained. All others

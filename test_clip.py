@@ -831,7 +831,7 @@ def test_vit_b_16_and_lora_have_published_sizes():
 @torch.no_grad()
 def test_merged_equals_unmerged_and_pefts_merge():
     ours, theirs, inputs = lora_pair()
-    sharing = copy.deepcopy(ours, {id(p): p for p in ours.parameters()})  # as the EMA shares frozen weights
+    sharing = copy.deepcopy(ours, {id(p): p for p in ours.parameters()})  # a model that shares its weights
     unmerged = ours(**inputs).logits_per_image
     lora.merge(ours)
     assert difference(ours(**inputs).logits_per_image, unmerged) < 1e-5
