@@ -648,11 +648,14 @@ def save_run(run_dir, settings, history, model, ema_model, optimizers):
 
 
 def load_checkpoint(run_dir):
-    """The dictionary that save_run wrote, on the CPU. InputError if it can't be read."""
+    """The dictionary that save_run wrote, on the CPU, with a CLIPConfig. InputError if it can't be read."""
     try:  # with weights_only, torch.load runs no code
         state = torch.load(Path(run_dir) / "checkpoint.pt", map_location="cpu", weights_only=True)
-        keys = {"config", "recipe", "data", "source", "history", "ema_model", "model", "optimizers"}
-        if not keys <= state.keys():
+        keys = {"recipe", "data", "source", "history", "ema_model", "model", "optimizers"}
+        config = state["config"]
+        towers = {name: TowerConfig(**config[name]) for name in ("vision", "text")}
+        state["config"] = CLIPConfig(**(config | towers))
+        if asdict(state["config"]) != config or not keys <= state.keys():  # another version's
             raise KeyError
         return state
     except Exception as error:  # torch.load raises a dozen kinds
@@ -669,10 +672,10 @@ def resume_run(run_dir, settings, model, ema_model, optimizers):
     state = load_checkpoint(run_dir)
     if state["data"] != settings["data"]:
         raise data.InputError(f"{run_dir} can't be resumed: the photos, captions or tokenizer differ")
+    before = asdict(state["config"]) | state["recipe"]
     for name, value in (settings["config"] | settings["recipe"]).items():
-        before = (state["config"] | state["recipe"]).get(name)
-        if before != value and name not in ("epochs", "micro_batch"):
-            difference = f"{name} was {before} and is {value} now"
+        if before.get(name) != value and name not in ("epochs", "micro_batch"):
+            difference = f"{name} was {before.get(name)} and is {value} now"
             raise data.InputError(f"{run_dir} can't be resumed: {difference}. Give another --out")
     done, epochs = len(state["history"]), settings["recipe"]["epochs"]
     if done > epochs:
@@ -928,11 +931,10 @@ def open_data(args, device, tokenizer, config):
 def print_start(model, splits, batch_size, device):
     """The opening block: device, size, and the losses of a model that guesses."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    towers = model.vision_model, model.text_model, model
-    vision, text, total = (sum(p.numel() for p in tower.parameters()) / 1e6 for tower in towers)
+    parameters = sum(p.numel() for p in model.parameters())
     B, group = batch_size, min(64, len(splits["val"].photos))
     print(f"device    {WORLD_SIZE} x {name}, {autocast_dtype(device)}")
-    print(f"model     {total:.1f} M parameters: vision {vision:.1f}, text {text:.1f}, and projections")
+    print(f"model     {parameters / 1e6:.1f} M parameters")
     print(f"chance    loss ln {B} = {math.log(B):.3f}, in validation ln {group} = {math.log(group):.3f}")
 
 
@@ -959,7 +961,8 @@ def run(args):
     recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
     device = open_device(args.device)
     if device.type == "cpu" and args.model == "ViT-B/16" and not recipe.micro_batch:  # too little memory
-        raise data.InputError("ViT-B/16 needs a GPU: add --model tiny --tokenizer train, or --micro-batch 8")
+        advice = "add --model tiny --tokenizer train, or take --data shapes"
+        raise data.InputError(f"ViT-B/16, the default for photos, needs a GPU: {advice}")
     config = replace(PRESETS[args.model], causal=args.text == "causal")
     splits, tokenizer = open_data(args, device, args.tokenizer, config)
     if RANK == 0 and not (args.out / "checkpoint.pt").exists():  # a resumed run keeps its own

@@ -133,16 +133,15 @@ def color_jitter(pixels, strength, grey=0.2):
     """Pixels (B, 3, S, S) from 0 to 1 with brightness, contrast and saturation multiplied by random factors
     from 1 - strength to 1 + strength. A fraction `grey` becomes grey (SimCLR, arXiv:2002.05709)."""
     B, device = len(pixels), pixels.device
-    factors = torch.empty(3, B, 1, 1, device=device).uniform_(1 - strength, 1 + strength)
-    brightness, contrast, saturation = factors  # (B, 1, 1) each
-    saturation = saturation * (torch.rand(B, 1, 1, device=device) >= grey)
-    luma = torch.tensor([0.299, 0.587, 0.114]).to(device, non_blocking=True)  # red, green and blue in grey
-    # The factors blend a pixel with black, with the photo's mean grey and with the pixel's own grey. Together
-    # they are an affine map for each photo: a matrix (3, 3) and an offset.
-    matrix = saturation * torch.eye(3, device=device) + (1 - saturation) * luma
-    middle = brightness * (pixels.mean(dim=(2, 3)) @ luma)[:, None, None]  # (B, 1, 1)
-    changed = torch.baddbmm((1 - contrast) * middle, brightness * contrast * matrix, pixels.flatten(2))
-    return changed.clamp_(0, 1).view_as(pixels)
+    factors = torch.empty(3, B, 1, 1, 1, device=device).uniform_(1 - strength, 1 + strength)
+    brightness, contrast, saturation = factors  # (B, 1, 1, 1) each
+    saturation = saturation * (torch.rand(B, 1, 1, 1, device=device) >= grey)
+    luma = torch.tensor([0.299, 0.587, 0.114]).to(device, non_blocking=True)[:, None, None]
+    pixels = brightness * pixels
+    in_grey = (pixels * luma).sum(dim=1, keepdim=True)  # (B, 1, S, S)
+    pixels = torch.lerp(in_grey, pixels, saturation)
+    mean_grey = in_grey.mean(dim=(2, 3), keepdim=True)
+    return torch.lerp(mean_grey, pixels, contrast).clamp_(0, 1)
 
 
 def random_resized_crop(pixels, size, scale, views, ratio=(3 / 4, 4 / 3)):
@@ -443,14 +442,14 @@ def photo_store(photos, size):
     key = hashlib.sha256(str(size).encode())
     for name, path in photos.items():
         key.update(repr((name, path.stat().st_size, path.stat().st_mtime_ns)).encode())
-    store = Path("cache", f"{key.hexdigest()[:16]}.uint8")
-    if not store.exists():
+    store, shape = Path("cache", f"{key.hexdigest()[:16]}.uint8"), (len(photos), size, size, 3)
+    if not store.exists() or store.stat().st_size != math.prod(shape):  # a copied cache may be cut short
         with atomic(store) as temporary, open(temporary, "wb") as file, ThreadPoolExecutor() as pool:
             decoded = pool.map(load_photo, photos.values(), itertools.repeat(size))  # PIL releases the GIL
             for photo in tqdm(decoded, "decoding", len(photos), mininterval=1):
                 file.write(photo.tobytes())
     # "c" is copy-on-write: PyTorch wants a writable array, and the file never changes.
-    return np.memmap(store, np.uint8, "c", shape=(len(photos), size, size, 3))
+    return np.memmap(store, np.uint8, "c", shape=shape)
 
 
 # --- Two drawn worlds --------------------------------------------------------------------------------
@@ -756,5 +755,5 @@ def run_command(argv, parse_args, run):
         print(f"error: {first_line(error)}: add --resume --micro-batch 32, or less", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped: --resume continues from the last checkpoint, if there is one", file=sys.stderr)
+        print("stopped: --resume continues a run from its last checkpoint", file=sys.stderr)
         return 130

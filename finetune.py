@@ -39,9 +39,7 @@ from data import InputError, setting
 def load_run(run_dir):
     """The model of a run of clip.py: the moving average of its weights."""
     checkpoint = clip.load_checkpoint(run_dir)
-    config = checkpoint["config"]
-    config |= {name: TowerConfig(**config[name]) for name in ("vision", "text")}
-    model = CLIP(CLIPConfig(**config))
+    model = CLIP(checkpoint["config"])
     if checkpoint["ema_model"].keys() != model.state_dict().keys():
         raise InputError(f"{run_dir} holds an adapter whose training has not ended: resume it first")
     model.load_state_dict(checkpoint["ema_model"])
@@ -108,18 +106,21 @@ def from_pretrained(name_or_dir, tokenizer=None):
     """The CLIP of a run of clip.py, an adapter's folder, a Hugging Face folder or a hub name, on the CPU.
     tokenizer: folder or hub name of its tokenizer, if it isn't beside the weights."""
     folder = Path(name_or_dir)
-    if (folder / "adapter_config.json").exists():
+    is_run = (folder / "checkpoint.pt").exists()
+    # In a study's folder, read_adapter raises an error that names the adapters inside.
+    if (folder / "adapter_config.json").exists() or not is_run and any(folder.glob("*/adapter_config.json")):
         try:
             base = lora.read_adapter(folder)[0].base_model_name_or_path
+            if not base:
+                raise InputError("adapter_config.json has no base_model_name_or_path: add it")
             model = from_pretrained(base, tokenizer)
             lora.load_adapter(model, folder)
             lora.merge(model)
         except Exception as error:  # a malformed configuration raises almost anything
-            raise InputError(f"can't open the adapter in {folder}: {data.first_line(error)}") from error
+            raise InputError(f"can't open the adapter in {folder}: {error}") from error
         model.requires_grad_(True)  # load_adapter froze the base
         tokenizer = model.tokenizer_path
     else:
-        is_run = (folder / "checkpoint.pt").exists()
         tokenizer = tokenizer or (folder / "tokenizer" if is_run else name_or_dir)
         model = load_run(folder) if is_run else load_released(name_or_dir, tokenizer)
     model.name_or_path, model.tokenizer_path = str(name_or_dir), str(tokenizer)

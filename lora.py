@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -182,11 +183,12 @@ def save_adapter(model, folder, base=None):
     files = {"adapter_model.safetensors": save(tensors, {"format": "pt"})}
     files |= {"adapter_config.json": json.dumps(config, indent=1).encode()}
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():  # each file appears whole or not at all
-        (folder / f".{name}.partial").write_bytes(content)
-    (folder / "adapter_config.json").unlink(missing_ok=True)  # no old configuration beside new weights
-    for name in files:
-        os.replace(folder / f".{name}.partial", folder / name)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:  # each file appears whole or not at all
+        for name, content in files.items():
+            Path(temporary, name).write_bytes(content)
+        (folder / "adapter_config.json").unlink(missing_ok=True)  # no old configuration beside new weights
+        for name in files:
+            os.replace(Path(temporary, name), folder / name)
 
 
 # Settings of peft.LoraConfig that we obey, and those that don't matter once an adapter is trained. All others

@@ -76,10 +76,8 @@ def difference(a, b):
 SMALL = CLIPConfig(TowerConfig(48, 3, 4, 96), TowerConfig(32, 2, 2, 80), image_size=40, patch_size=8)
 SMALL = replace(SMALL, projection_dim=24, vocab_size=100, eos_token_id=60, max_position_embeddings=16)
 OPENAI_SMALL = replace(SMALL, causal=True)
-GELU_TOWERS = dict(
-    vision=replace(SMALL.vision, hidden_act="gelu"), text=replace(SMALL.text, hidden_act="gelu")
-)
-GELU_SMALL = replace(SMALL, causal=True, **GELU_TOWERS)
+GELU = {name: replace(getattr(SMALL, name), hidden_act="gelu") for name in ("vision", "text")}
+GELU_SMALL = replace(OPENAI_SMALL, **GELU)
 OPENAI_B_16 = replace(PRESETS["ViT-B/16"], causal=True)
 QKV = ["q_proj", "k_proj", "v_proj"]
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
@@ -625,8 +623,6 @@ BAD_FOLDERS = {
     "activation": (lambda: reconfigure("text_config", hidden_act="relu"), "text_config.hidden_act is relu"),
     "patches": (lambda: reconfigure("vision_config", image_size=44), "image_size modulo patch_size is 4"),
     "mean": (lambda: process(image_mean=[0.5] * 3), "preprocessor_config.json: image_mean is"),
-    "not normalised": (lambda: process(do_normalize=False), "config.json: do_normalize is False"),
-    "deviation": (lambda: process(image_std=[0.5] * 3), "preprocessor_config.json: image_std is"),
     "squashed": (lambda: process(size={"height": 40, "width": 40}), "preprocessor_config.json: size is"),
     "weight missing": (remove_weight, "missing or unexpected weight visual_projection.weight"),
     "cut": (lambda: os.truncate("base/model.safetensors", 5000), "can't read the weights of base"),
@@ -896,6 +892,15 @@ def test_towers_may_differ_in_rank_and_alpha(vision, text):
     assert difference(their_logits(theirs, *inputs), ours(*inputs)) < 3e-5
 
 
+def test_a_failed_write_keeps_the_saved_adapter():
+    model, loaded = adapted(), small_model()
+    lora.save_adapter(model, "adapter")
+    with patch.object(Path, "write_bytes", side_effect=OSError(28, "No space left")), pytest.raises(OSError):
+        lora.save_adapter(model, "adapter")
+    assert len(os.listdir("adapter")) == 2
+    lora.load_adapter(loaded, "adapter")
+
+
 HIDDEN = torch.nn.MultiheadAttention(8, 2)  # its out_proj is a Linear that is never called
 ERRORS = {
     "r = 0": (lambda: adapted(r=0), "r=0"),
@@ -965,21 +970,12 @@ def flickr8k(folder):
     write_rows(folder / "captions.txt", [["image", "caption"], *ROWS])
 
 
-def sentences_of(found):
-    return {name: sentences for name, (_, sentences) in found.items()}
-
-
-def splits_of(found):
-    return {name: split for name, (split, _) in found.items()}
-
-
 @pytest.mark.parametrize("write", [karpathy, kaggle, token, hub, flickr8k])
 def test_published_forms_give_the_same_captions(write):
     write(Path())
-    found = data.read_captions(".")
-    assert sentences_of(found) == CAPTIONS
-    if write in (karpathy, hub):  # these have splits too
-        assert splits_of(found) == SPLIT
+    for name, (split, sentences) in data.read_captions(".").items():
+        assert sentences == CAPTIONS[name]
+        assert split == SPLIT[name] or write not in (karpathy, hub)  # which have splits too
 
 
 TABLE = [("a/1.jpg", "ein Hund, im Schnee", "train"), ("2.jpg", "“two” dogs", "val"), ("2.jpg", "x", "val")]
@@ -1008,7 +1004,6 @@ MALFORMED = {
     "another split": ("a.csv", b"image,caption,split\n1.jpg,a dog,tst\n", "'tst', not train, val or test"),
     "a bad line": ("results.csv", b"image_name| comment_number| comment\n1.jpg a dog\n", "in '1.jpg a dog'"),
     "JSON without images": ("dataset_a.json", b"{}", "malformed"),
-    "deep JSON": ("dataset_a.json", b"[" * 100_000, "malformed"),
     "two splits": ("a.csv", b"image,caption,split\n1,a,train\n1,b,val\n", "two splits, train and val"),
     "half an emoji": ("a.jsonl", b'{"image": "1", "caption": "\\ud83d"}', "surrogates"),
 }
@@ -1027,9 +1022,9 @@ def test_of_several_captions_files_karpathys_is_read():
     flickr8k(Path())
     with pytest.raises(data.InputError, match="captions.txt, results.csv.*--captions FILE"):
         data.read_captions(".")
-    assert sentences_of(data.read_captions(".", "results.csv")) == CAPTIONS
+    assert len(data.read_captions(".", "results.csv")) == 60
     karpathy(Path())
-    assert splits_of(data.read_captions(".")) == SPLIT
+    assert data.read_captions(".")["0.jpg"] == ("val", CAPTIONS["0.jpg"])
 
 
 def test_photos_are_found_by_path_then_name():
@@ -1109,10 +1104,12 @@ def test_color_jitter_equals_pillow():
 
 def test_the_store_is_reused_until_a_photo_changes(monkeypatch):
     noise_photo("a.bmp")
-    first = data.photo_store({"a": Path("a.bmp")}, 16)
+    first = data.photo_store({"a": Path("a.bmp")}, 16).copy()
     with monkeypatch.context() as patches:
         patches.setattr(data, "load_photo", lambda *_: pytest.fail("decoded again"))
         assert np.array_equal(data.photo_store({"a": Path("a.bmp")}, 16), first)
+    os.truncate(next(Path("cache").iterdir()), 100)  # a damaged store
+    assert np.array_equal(data.photo_store({"a": Path("a.bmp")}, 16), first)
     noise_photo("a.bmp", seed=1)  # another photo with the name and the size of the first one
     assert not np.array_equal(data.photo_store({"a": Path("a.bmp")}, 16), first)
 
@@ -1135,8 +1132,8 @@ def test_names_decide_the_split_without_a_list(count, expected):
     found = []
     for numbers in (range(count), reversed(range(count))):
         write_rows("a.csv", [("image", "caption"), *((f"{i}.jpg", "a dog") for i in numbers)])
-        found.append(splits_of(data.read_captions(".")))
-    splits = list(found[0].values())
+        found.append(data.read_captions("."))
+    splits = [split for split, _ in found[0].values()]
     assert found[0] == found[1] and tuple(map(splits.count, ("train", "val", "test"))) == expected
 
 
@@ -1492,6 +1489,7 @@ def test_a_study_continues_what_its_folder_holds(study_folder, capsys):
     assert adapt_to_sketches("--r 4 16 --full") == 0
     assert study_rows(study_folder) == first
     faults = {"--alpha 3": "alpha was 8.0 and is 3.0 now"}
+    faults[f"--base {study_folder}"] = f"give one of {study_folder}/r16-seed0"
     faults[f"--base {study_folder}/full-seed0 {same_out}"] = "base_checksum was"
     faults[f"--base {study_folder}/r4-seed0 {same_out}"] = "base_checksum was"
     for flags, message in faults.items():
@@ -1587,9 +1585,8 @@ def test_search_ranks_by_cosine_with_the_query():
     noise_photo("photos/0.png", seed=99)
     model, tokenizer = fitting_model()
     text = model.encode_text(data.tokenize(tokenizer, ["a red fox"], 16))[0]
-    cosines = {
-        path: (model.encode_image(pixels_of(path))[0] @ text).item() for path in Path("photos").rglob("*.png")
-    }
+    paths = Path("photos").rglob("*.png")
+    cosines = {path: (model.encode_image(pixels_of(path))[0] @ text).item() for path in paths}
     found = finetune.search(model, tokenizer, "photos", "a red fox", count=41)
     assert [path for path, _ in found] == sorted(cosines, key=lambda path: -cosines[path])
     assert [cosine for _, cosine in found] == pytest.approx(sorted(cosines.values(), reverse=True), abs=1e-5)
@@ -1611,13 +1608,10 @@ def test_help_shows_the_defaults_of_the_data(capsys):
     assert "(default: 8)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("policy", ["PASSIVE", "ACTIVE"])
-def test_openmp_waits_passively_unless_told_otherwise(policy):
+def test_openmp_waits_passively():
     begin = "import os, sys; os.environ.pop('OMP_WAIT_POLICY', 0); sys.modules['torch'] = None"
-    if policy == "ACTIVE":
-        begin += "; os.environ['OMP_WAIT_POLICY'] = 'ACTIVE'"  # as the user may do
     end = "try: import clip\nexcept ImportError: print(os.environ['OMP_WAIT_POLICY'])"  # at `import torch`
-    assert run_python("-c", f"{begin}\n{end}").strip() == policy
+    assert run_python("-c", f"{begin}\n{end}").strip() == "PASSIVE"
 
 
 # --- Bad input -------------------------------------------------------------------------------------------
@@ -1660,6 +1654,12 @@ def replaced(old, new, file="photos/captions.csv"):
     return lambda: Path(file).write_text(Path(file).read_text().replace(old, new))
 
 
+def with_another_config():
+    """As if another version of clip.py, with another CLIPConfig, had written the checkpoint."""
+    state = torch.load("old/checkpoint.pt")
+    torch.save(state | {"config": state["config"] | {"pool": "last"}}, "old/checkpoint.pt")
+
+
 OLD = "--out old --resume"
 # Swapping these lines moves a caption to the next photo, without changing the order of captions.
 MOVED = replaced("images/5.jpg,photo 5 in way 1", "images/6.jpg,photo 5 in way 1")
@@ -1683,10 +1683,10 @@ BAD = (
     (replaced("photo 7 in way 0", "photo 8 in way 0"), "clip", OLD, "captions or tokenizer differ"),
     (MOVED, "clip", OLD, "captions or tokenizer differ"),
     (lambda: os.truncate("old/checkpoint.pt", 1000), "clip", OLD, "is missing, damaged"),
-    (lambda: torch.save({"best": {}}, "old/checkpoint.pt"), "clip", OLD, "or of an older version"),
+    (with_another_config, "clip", OLD, "or of an older version"),
+    (with_another_config, "finetune", "--base old", "or of an older version"),
     (None, "finetune", "--base nowhere", "no CLIP in nowhere"),
     (None, "finetune", "--base old --r 0", "--r and --seeds must be at least 1"),
-    (None, "finetune", "--base old --alpha 0", "--alpha must be more than 0"),
     (None, "finetune", "--base old --targets query", "no Linear is named 'query'"),
     (None, "finetune", "--base old --classify nowhere", "no photos below nowhere"),
 )
