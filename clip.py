@@ -588,6 +588,8 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
             # Each step and process has its own seed, so a resumed run draws the same crops and dropout. It
             # has 32 bits, since PyTorch uses no more on CPUs.
             torch.manual_seed(hash((recipe.seed, step, RANK)) % 2**32)
+            if compile:  # from here on, CUDA graphs may reuse the memory of the last step
+                torch.compiler.cudagraph_mark_step_begin()
             part = batch.chunk(WORLD_SIZE)[RANK]  # that of this process; with one GPU, all of it
             pixels, ids = make_batch(split, part, model, recipe)
             # Constant after the warm-up. It need not decay, since update_ema averages out the noise of steps.
@@ -817,10 +819,6 @@ def train_step_general(model, optimizers, scaler, pixels, ids, lr, recipe):
     if is_cached:
         image_embeds.requires_grad_()
         text_embeds.requires_grad_()
-        # Several backward passes add to p.grad. If it were None, autograd would make it the output buffer of
-        # a CUDA graph (see `graphed`), which the next replay overwrites.
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p) if p.requires_grad else None
     loss, photo_caption = multiview_loss(model, gather_rows(image_embeds), gather_rows(text_embeds))
     scaler.scale(loss).backward()
     if is_cached:
@@ -869,39 +867,21 @@ def autocast_dtype(device):
 
 
 def autocast(device):
-    """The context of forward passes. Autocast's cache of 16-bit weights does not work with CUDA graphs."""
+    """The context of forward passes, in which matrix products have that type."""
     dtype = autocast_dtype(device)
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def compile_model(model):
-    """Compile the blocks of both towers, and record each tower as a CUDA graph: without one, the GPU waits
-    for Python, which starts about a thousand kernels in a pass. The last block has little work, so it is not
-    compiled. eval() does not reach what is recorded: evaluate a copy made before, such as ema_model."""
+    """Compile the blocks of both towers, with CUDA graphs: without these, the GPU waits for Python, which
+    starts about a thousand kernels in a pass. The last block has little work, so it is not compiled."""
     gc.collect()  # free the graphs of a model that this process trained before
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 64  # all blocks share one function, with a version for each shape
     torch._inductor.config.fallback_random = True  # PyTorch's dropout (in LoRA) is faster than Inductor's
     for tower in (model.vision_model, model.text_model):
         for block in tower.encoder.layers[:-1]:
-            block.compile(dynamic=False)
-        tower.forward = graphed(tower)
-
-
-def graphed(tower):
-    """A forward function for the tower that records a CUDA graph for each new shape of x, then replays it."""
-    graphs, pool = {}, torch.cuda.graph_pool_handle()
-    eager = copy.copy(tower)  # the same weights, and the forward function that compile_model replaces
-
-    def forward(x):
-        if x.shape not in graphs:
-            recorded = copy.copy(eager)  # since make_graphed_callables overwrites its forward function
-            buffer = x.clone()  # the graph keeps it and copies each later x into it
-            with torch.enable_grad(), torch.random.fork_rng([x.device]):  # recording draws random numbers
-                graphs[x.shape] = torch.cuda.make_graphed_callables(recorded, (buffer,), pool=pool)
-        return graphs[x.shape](x)
-
-    return forward
+            block.compile(dynamic=False, mode="reduce-overhead")  # which means CUDA graphs
 
 
 # --- The command -----------------------------------------------------------------------------------------
