@@ -2,20 +2,21 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.9", "numpy", "pillow", "transformers>=5.8", "peft>=0.18", "pytest", "matplotlib"]
 # ///
-"""CLIP (Radford et al. 2021, arXiv:2103.00020) in one file.
+"""CLIP (Radford et al. 2021, arXiv:2103.00020): the model and its training. data.py makes the batches.
 
     python clip.py --data shapes     drawn scenes, no download: about a minute on two CPU cores
-    python clip.py --epochs 55       ViT-B/16 from scratch on Flickr30k, on a GPU
+    python clip.py --epochs 55       ViT-B/16 from scratch on Flickr30k, the default data, on a GPU
 
-Two transformers learn vectors in which a photo is more similar to its own caption than to any other. Modules
-have the names of Hugging Face's CLIPModel, so released weights load unchanged. On a first reading, stop after
-`train`, and believe the docstrings of what it calls. The letters in the shapes of tensors:
+Two transformers turn photos and captions into vectors. They learn to make a photo's vector more similar to
+that of its own caption than to any other. Modules have the names of Hugging Face's CLIPModel, so released
+weights load unchanged. On a first reading, stop after `train`, and believe the docstrings of what it calls,
+those in data.py too. The letters in the shapes of tensors:
 
     B photos in a batch, V crops and K captions of each        N photos and M captions in a split
     S x S pixels in a photo, P x P pixels in a patch           E numbers in an embedding (projection_dim)
     T tokens: a class token and patches, or subwords           C channels (hidden_size), H heads of D = C / H
 
-Inside a tower, B stands for the number of its inputs, whatever they are.
+Inside a tower, B is the number of its inputs: B V crops, or B K captions.
 """
 
 import copy
@@ -47,7 +48,7 @@ WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if IS_TORCHRUN else 1  # how many the
 # --- Configuration ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)  # so that it may be a default value in CLIPConfig
+@dataclass(frozen=True)  # this makes it hashable, as a default value in CLIPConfig must be
 class TowerConfig:
     """One transformer: width, layers, heads, width of the MLP and activation, in Hugging Face's names.
 
@@ -65,9 +66,9 @@ class TowerConfig:
 class CLIPConfig:
     """Everything that defines a CLIP. The defaults are the released ViT-B/16, except for `causal`.
 
-    causal: True is OpenAI's text tower, in which a token attends to itself and the tokens before it. False,
-    the default, is a BERT-style one, in which every token attends to the whole caption. On photos they are
-    equally good.
+    causal: True is OpenAI's text tower, in which a token attends to itself and the tokens before it. Released
+    weights need it. False, the default, is a BERT-style tower, in which every token attends to the whole
+    caption. On photos the two towers are equally good, and on drawn scenes the causal one is better.
     """
 
     vision: TowerConfig = TowerConfig(768, 12, 12, 3072)
@@ -101,8 +102,8 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.num_heads = config.num_attention_heads
-        # Four Linears, which lora.py can replace. nn.MultiheadAttention does not call its Linear, so a LoRA
-        # layer in its place would never run (peft #761).
+        # Four Linears, which lora.py can replace. nn.MultiheadAttention reads the weight of its out_proj, but
+        # never calls this Linear, so a LoRA layer in its place would have no effect (peft #761).
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -118,7 +119,8 @@ class Attention(nn.Module):
 
 
 def quick_gelu(x):
-    """OpenAI's approximation of GELU. Weights for one of them are worse with the other (open_clip #771)."""
+    """OpenAI's approximation of GELU. Weights trained with one of the two are worse with the other (open_clip
+    #771)."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -174,8 +176,8 @@ class Encoder(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for layer in self.layers[:-1]:
             x = layer(x, mask)
-        # Nothing reads the other tokens of the last block. Without them, a step of ViT-B/16 takes 5 % less
-        # time, and one of the tiny model on a CPU 20 % less.
+        # Nothing reads the other tokens of the last block. Without them a step takes less time: 5 % less with
+        # ViT-B/16, and 20 % less with the tiny model on a CPU.
         rows = torch.arange(x.shape[0], device=x.device)[:, None]  # (B, 1)
         x = self.layers[-1](x, pool_mask, queries=(rows, pool_index))  # (B, 1, C)
         return x[:, 0]
@@ -188,7 +190,7 @@ class VisionEmbeddings(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, P = config.vision.hidden_size, config.patch_size
-        self.class_embedding = nn.Parameter(torch.empty(C))
+        self.class_embedding = nn.Parameter(torch.empty(C))  # init_weights fills it
         self.patch_embedding = nn.Conv2d(3, C, kernel_size=P, stride=P, bias=False)
         self.position_embedding = nn.Embedding((config.image_size // P) ** 2 + 1, C)
         self.patch_dropout = 0.0  # the fraction of patches that training leaves out; `train` sets it
@@ -196,16 +198,16 @@ class VisionEmbeddings(nn.Module):
     def forward(self, pixels):
         B, _, _, S = pixels.shape
         P = self.patch_embedding.kernel_size[0]
-        # A convolution with stride P is a Linear on each flattened patch, and as a Linear it is faster. The
-        # weight is in a Conv2d because released files have this shape.
+        # A convolution with kernel and stride P is a Linear on each flattened patch, and as a Linear it is
+        # faster. The weight is in a Conv2d because released files have this shape.
         patches = pixels.view(B, 3, S // P, P, S // P, P)
         patches = patches.permute(0, 2, 4, 1, 3, 5)  # (B, rows, columns, 3, P, P)
         patches = patches.reshape(B, -1, 3 * P * P)  # (B, T - 1, 3 P P)
         x = F.linear(patches, self.patch_embedding.weight.flatten(1))  # (B, T - 1, C)
         x = x + self.position_embedding.weight[1:]
         if self.training and self.patch_dropout:
-            # Keep a random part of each photo's patches: half of them take half of the work (FLIP, Li et al.
-            # 2022, arXiv:2212.00794). Their order doesn't matter, since x includes the positions.
+            # Keep a random part of each photo's patches. With half of them the tower has half of the work
+            # (FLIP, Li et al. 2022, arXiv:2212.00794). Their order doesn't matter: x includes the positions.
             count = max(1, round(x.shape[1] * (1 - self.patch_dropout)))
             kept = torch.rand(x.shape[:2], device=x.device).argsort(dim=1)[:, :count, None]  # (B, count, 1)
             x = x.gather(1, kept.expand(-1, -1, x.shape[2]))
@@ -274,14 +276,14 @@ class TextTransformer(nn.Module):
         end_mask = (position <= end_index)[:, None, None]  # (B, 1, 1, T): no key after the end
         causal_mask = position <= position[:, None]  # (T, T): no key after the query
         mask = causal_mask if self.causal else end_mask
-        # The line of the end token is the same in both masks.
+        # The only query of the last block is the end token. Its line is the same in both masks.
         x = self.encoder(self.embeddings(ids), end_index, mask, pool_mask=end_mask)
         return self.final_layer_norm(x)  # (B, C)
 
 
 class CLIP(nn.Module):
-    """Two towers and a temperature. `forward` and contrastive_loss are the paper's pseudo-code (figure 3),
-    where I are the photos, T the captions, n is the batch size and t our logit_scale:
+    """Two towers and a temperature. `forward` and contrastive_loss are the paper's pseudo-code (figure 3), in
+    which I is the photos, T is the captions, n is the batch size and t is our logit_scale:
 
     I_e, T_e = l2_normalize(image_encoder(I) @ W_i), l2_normalize(text_encoder(T) @ W_t)
     logits = (I_e @ T_e.T) * exp(t)
@@ -307,8 +309,9 @@ class CLIP(nn.Module):
         return F.normalize(self.text_projection(self.text_model(ids)).float(), dim=-1)
 
     def similarity(self, image_embeds, text_embeds):
-        """Logits (B, B) of unit vectors (B, E) and (B, E): their cosines times exp(logit_scale). Leading
-        batch dimensions are allowed. Logits are fp32, because near 100 bf16 has steps of 0.5."""
+        """Logits (B, B) of unit vectors (B, E) and (B, E): their cosines times exp(logit_scale). For stacks
+        (n, B, E) of them, it returns (n, B, B). Logits are fp32, because the scale grows to up to 100, and
+        near 100 bf16 has steps of 0.5."""
         with torch.autocast(image_embeds.device.type, enabled=False):
             return self.logit_scale.exp() * (image_embeds @ text_embeds.mT)
 
@@ -320,14 +323,14 @@ class CLIP(nn.Module):
 
 @torch.no_grad()
 def init_weights(model):
-    """OpenAI's initial values of the text tower (openai/CLIP, initialize_parameters), in both towers and with
-    biases of 0. Norms and the patch embedding keep PyTorch's defaults."""
+    """OpenAI's initial values (openai/CLIP, initialize_parameters). The Linears in the blocks of both towers
+    have those of its text tower, and biases of 0. Norms and the patch embedding keep PyTorch's defaults."""
     for tower, config in ((model.vision_model, model.config.vision), (model.text_model, model.config.text)):
         C, L = config.hidden_size, config.num_hidden_layers
-        # Each block adds to the residual stream twice, by out_proj and fc2. With the factor 1 / sqrt(2 L) the
-        # variance of the stream does not grow with the number of blocks (GPT-2).
-        std = {"q_proj": C**-0.5, "k_proj": C**-0.5, "v_proj": C**-0.5, "out_proj": (2 * L * C) ** -0.5}
-        std |= {"fc1": (2 * C) ** -0.5, "fc2": (2 * L * C) ** -0.5}
+        std = {"q_proj": C**-0.5, "k_proj": C**-0.5, "v_proj": C**-0.5, "fc1": (2 * C) ** -0.5}
+        # A block adds to the residual stream twice, by out_proj and fc2. With the factor (2 L)^-0.5 in these
+        # two, the variance of the stream does not grow with the number of blocks (GPT-2).
+        std |= {"out_proj": (2 * L * C) ** -0.5, "fc2": (2 * L * C) ** -0.5}
         for name, module in tower.encoder.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=std[name.split(".")[-1]])
@@ -349,7 +352,7 @@ def init_weights(model):
 
 
 def contrastive_loss(logits_per_image):
-    """The mean of two cross-entropies over logits (B, B), a scalar, and over leading dimensions, if any.
+    """The mean of two cross-entropies of the logits (B, B). For a stack (n, B, B), it is the mean of n.
 
     A row asks which caption fits its photo, a column which photo fits its caption. The right answers are on
     the diagonal. For three photos and their captions:
@@ -392,9 +395,9 @@ def recall_at_k(image_embeds, text_embeds, image_index, ks=(1, 5, 10)):
     (t2i): the fraction of captions whose photo is among the k most similar photos. Image to text (i2t):
     the fraction of photos with any of their captions among the k most similar captions.
     """
-    images = torch.arange(len(image_embeds), device=image_embeds.device)
-    text_rank = rank_of_best_match(text_embeds, image_embeds, image_index, images)  # (M,)
-    image_rank = rank_of_best_match(image_embeds, text_embeds, images, image_index)  # (N,)
+    rows = torch.arange(len(image_embeds), device=image_embeds.device)
+    text_rank = rank_of_best_match(text_embeds, image_embeds, image_index, rows)  # (M,)
+    image_rank = rank_of_best_match(image_embeds, text_embeds, rows, image_index)  # (N,)
     recall = {f"t2i_r{k}": (text_rank < k).float().mean().item() for k in ks}
     return recall | {f"i2t_r{k}": (image_rank < k).float().mean().item() for k in ks}
 
@@ -421,9 +424,9 @@ def evaluate(model, split):
     """Loss and recalls in percent: {"loss", "t2i_r1", ..., "i2t_r10"}.
 
     A loss depends on how many photos are compared. This one is the mean over groups of 64 photos, so a guess
-    has ln 64 = 4.159; if there are fewer photos, they are one group. It is also the mean over five turns: in
-    turn j, each photo has its caption j. The loss can rise from overconfidence while recall still rises
-    (open_clip #811).
+    has ln 64 = 4.159; if there are fewer photos, they are one group. It is also the mean over five turns, as
+    Flickr's photos have five captions: in turn j, each photo has its caption j. The loss can rise from
+    overconfidence while recall still rises (open_clip #811).
     """
     images, texts = embed(model, split)
     first, count = split.first_captions()  # (N,) each: index of a photo's first caption, number of captions
@@ -475,19 +478,19 @@ class Recipe:
         data.check_settings(self)
 
 
-# Plain CLIP, for finetune.py and, with Muon, for drawn scenes: no recipe for few photos, and larger crops.
+# Plain CLIP, without the recipe for few photos, is what finetune.py trains with. Drawn scenes add Muon.
 PLAIN = dict(muon=0, views=1, crop_scale=0.4, color_jitter=0.0, patch_dropout=0.0, texts=1, word_dropout=0.0)
 DRAWN_RECIPE = Recipe(**(PLAIN | dict(epochs=8, warmup=0.5, weight_decay=0.3, muon=1)))
-# The tiny model on photos: it is short of steps, not of variety.
-TINY_RECIPE = Recipe(epochs=16, lr=2e-3, warmup=1.0, weight_decay=0.3, crop_scale=0.3)
-TINY_RECIPE = replace(TINY_RECIPE, color_jitter=0.2, patch_dropout=0.5, word_dropout=0.2)
+# In so few epochs the tiny model does not learn photos by heart, so it has weaker augmentation.
+WEAKER = dict(crop_scale=0.3, color_jitter=0.2, patch_dropout=0.5, word_dropout=0.2)
+TINY_RECIPE = Recipe(epochs=16, lr=2e-3, warmup=1.0, weight_decay=0.3, **WEAKER)
 
 
 def make_optimizers(model, recipe):
     """[AdamW] with OpenAI's betas. With recipe.muon, [Muon, AdamW]: Muon updates the matrices of the blocks.
 
     Weight decay pulls towards zero. That is a sensible prior for the matrices of Linears and of LoRA, but not
-    for norms, biases, the logit scale and (unlike in the paper) embeddings."""
+    for norms, biases, the logit scale and, unlike in the paper, embeddings, that of patches included."""
     block_matrices, matrices, others = [], [], []
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -508,8 +511,8 @@ def make_batch(split, pairs, model, recipe):
     """The photos and captions of `pairs` (B, 1 + K) as pixels (B V, 3, S, S) and token ids (B K, T). Each row
     of pairs has the index of a photo, then those of K of its captions. Two rows for K = 2:
 
-        [17, 85, 88]   photo 17 with its captions 85 and 88
-        [ 4, 20, 23]   photo 4 with its captions 20 and 23
+        [17, 85, 86]   photo 17 with its captions 85 and 86
+        [ 4, 24, 20]   photo 4 with its captions 24 and 20
     """
     config, device = model.config, model.logit_scale.device
     photos = split.take(pairs[:, 0], device)  # (B, height, width, 3) uint8
@@ -538,7 +541,7 @@ def update_weights(model, optimizers, scaler, lr):
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # one odd batch can't throw the model far
     # If fp16 gradients overflow, the norm is infinite, and clipping makes all finite gradients 0. scaler.step
-    # would skip one optimizer, and the other would step with zeros: skip both.
+    # skips an optimizer only if its own gradients overflow, and the other would step with zeros: skip both.
     overflow = scaler.is_enabled() and not norm.isfinite()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -550,16 +553,16 @@ def update_weights(model, optimizers, scaler, lr):
     model.logit_scale.data.clamp_(max=math.log(100))  # the paper's bound (openai/CLIP #46)
 
 
-SAVE_FRACTION = 0.05  # `train` spends at most about this fraction of its time on checkpoints
+SAVE_FRACTION = 0.05  # the fraction of its time that `train` spends on checkpoints
 
 
 def train(model, splits, recipe, run_dir, resume=False, compile=False):
     """Train the parameters that require a gradient, in place. Returns (ema_model, history).
 
     ema_model is a copy with the moving average of the weights: evaluate and use this one. history has a row
-    for each epoch. log.csv and checkpoint.pt are written to run_dir after an epoch, as long as this takes
-    little of the time. `resume` continues from there, with more epochs if you like; on the CPU a resumed run
-    is bit for bit the uninterrupted one.
+    for each epoch. log.csv and checkpoint.pt are written to run_dir after the last epoch, and after as many
+    others as take about 5 % of the time. `resume` continues from there, with more epochs if you like; on the
+    CPU a resumed run is bit for bit the uninterrupted one.
     """
     split, B, device = splits["train"], recipe.batch_size, model.logit_scale.device
     steps_per_epoch = len(split.photos) // B
@@ -585,8 +588,8 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
         pairs = split.pairs(recipe.seed, epoch, recipe.texts)  # (N, 1 + K), in another order each epoch
         for i, batch in enumerate(pairs[: steps_per_epoch * B].split(B)):
             step = epoch * steps_per_epoch + i
-            # Each step and process has its own seed, so a resumed run draws the same crops and dropout. It
-            # has 32 bits, since PyTorch uses no more on CPUs.
+            # Each step and process has its own seed, so a resumed run draws the same crops and dropout. The
+            # hash of a tuple of integers is always the same. On CPUs, PyTorch uses only 32 bits of a seed.
             torch.manual_seed(hash((recipe.seed, step, RANK)) % 2**32)
             if compile:  # from here on, CUDA graphs may reuse the memory of the last step
                 torch.compiler.cudagraph_mark_step_begin()
@@ -608,7 +611,8 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
                 minutes = (steps - step - 1) / rate / 60
                 print(f"{text}  {rate * B:6,.0f} pairs/s  ETA {minutes:6.1f} min", flush=True)
 
-        # train_loss omits the crop-crop and caption-caption terms of multiview_loss. A guess has ln B.
+        # train_loss is the loss of photos and captions, and a guess has ln B. With several crops or captions,
+        # what is minimized has more terms (see multiview_loss).
         row = {"epoch": epoch + 1, "train_loss": float(total) / steps_per_epoch, "train_chance": math.log(B)}
         row |= evaluate(ema_model, splits["val"])
         if not math.isfinite(row["train_loss"] + row["loss"]):
@@ -628,9 +632,9 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
 
 
 def write_csv(path, rows):
-    """Write dictionaries with the same keys as the lines of a CSV file."""
+    """Write dictionaries, which have the same keys, as the lines of a CSV file."""
     with data.atomic(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
 
@@ -650,18 +654,19 @@ def save_run(run_dir, settings, history, model, ema_model, optimizers):
 
 
 def load_checkpoint(run_dir):
-    """The dictionary that save_run wrote, on the CPU, with a CLIPConfig. InputError if it can't be read."""
+    """The dictionary that save_run wrote, on the CPU, its "config" as a CLIPConfig. InputError if it can't be
+    read."""
     try:  # with weights_only, torch.load runs no code
         state = torch.load(Path(run_dir) / "checkpoint.pt", map_location="cpu", weights_only=True)
         keys = {"recipe", "data", "source", "history", "ema_model", "model", "optimizers"}
         config = state["config"]
         towers = {name: TowerConfig(**config[name]) for name in ("vision", "text")}
         state["config"] = CLIPConfig(**(config | towers))
-        if asdict(state["config"]) != config or not keys <= state.keys():  # another version's
+        if asdict(state["config"]) != config or not keys <= state.keys():  # as in another version
             raise KeyError
         return state
     except Exception as error:  # torch.load raises a dozen kinds
-        message = f"{run_dir}/checkpoint.pt is missing, damaged or of an older version of this project"
+        message = f"{run_dir}/checkpoint.pt is missing, damaged or of another version of this project"
         raise data.InputError(message) from error
 
 
@@ -698,10 +703,10 @@ def resume_run(run_dir, settings, model, ema_model, optimizers):
 
 @torch.no_grad()
 def init_mimetic(model):
-    """Set k_proj to q_proj: a token attends to tokens like itself. Set out_proj to a multiple of -v_proj^T.
-    Since V^T V is on average the identity, a block then subtracts a fraction of the mean of those tokens.
-    Large trained models look like this, but few photos don't teach it. It simplifies mimetic initialisation
-    (Trockman & Kolter 2023, arXiv:2305.09828)."""
+    """Set k_proj to q_proj: a token attends to tokens like itself. Set out_proj to -v_proj^T / sqrt(2 L). As
+    v_proj^T v_proj is on average the identity (entries of v_proj have a variance of 1 / C), a block then
+    subtracts that fraction of the mean of those tokens. Large trained models look like this, but few photos
+    don't teach it. It simplifies mimetic initialisation (Trockman & Kolter 2023, arXiv:2305.09828)."""
     for tower in (model.vision_model, model.text_model):
         for block in tower.encoder.layers:
             attention = block.self_attn
@@ -711,9 +716,9 @@ def init_mimetic(model):
 
 
 def orthogonalize(x):
-    """Set all singular values of the matrices x (n, rows, columns) near 1: five Newton-Schulz steps with
-    coefficients for fast convergence (Jordan 2024, kellerjordan.github.io/posts/muon)."""
-    if x.shape[1] > x.shape[2]:  # gram should have the shorter side
+    """Return the matrices x (n, rows, columns) with all singular values near 1, by five Newton-Schulz steps
+    with coefficients for fast convergence (Jordan 2024, kellerjordan.github.io/posts/muon)."""
+    if x.shape[1] > x.shape[2]:  # so that gram is as small as possible
         return orthogonalize(x.mT).mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values must be at most 1
     x = x.to(autocast_dtype(x.device))  # emulated bf16 on CPUs would be 20 times slower than fp32
@@ -778,7 +783,7 @@ def multiview_loss(model, image_embeds, text_embeds):
 @torch.no_grad()
 def update_ema(ema_model, model, step):
     """ema = ema + (weights - ema) 3 / (4 + step): a moving average, which removes the noise of single steps.
-    It reaches back further as the run grows: the mean age of what it averages is a quarter of the run."""
+    The factor falls as the run grows, so that the mean age of what it averages is a quarter of the run."""
     averages = [p for p in ema_model.parameters() if p.requires_grad]
     weights = [p for p in model.parameters() if p.requires_grad]
     torch._foreach_lerp_(averages, weights, 3 / (4 + step))
@@ -805,10 +810,11 @@ def train_step_general(model, optimizers, scaler, pixels, ids, lr, recipe):
     With one micro-batch, the function encodes once and backpropagates the loss."""
     size = recipe.micro_batch or len(pixels) // recipe.views
     pixel_parts, id_parts = pixels.split(size * recipe.views), ids.split(size * recipe.texts)
-    is_cached, seed = len(pixel_parts) > 1, torch.initial_seed()  # which `train` set for this step
+    is_cached = len(pixel_parts) > 1
+    seed = torch.initial_seed()  # which `train` set for this step
 
     def encode(i):
-        torch.manual_seed(seed + 1 + i)  # the same dropout in steps 1 and 3
+        torch.manual_seed(seed + 1 + i)  # the same dropout in 1 and 3; with + 1, it differs from make_batch's
         with autocast(pixels.device):
             image_embeds, text_embeds = model.encode_image(pixel_parts[i]), model.encode_text(id_parts[i])
         return image_embeds.unflatten(0, (-1, recipe.views)), text_embeds.unflatten(0, (-1, recipe.texts))
@@ -825,11 +831,13 @@ def train_step_general(model, optimizers, scaler, pixels, ids, lr, recipe):
         image_grads, text_grads = image_embeds.grad.split(size), text_embeds.grad.split(size)
         for i in range(len(pixel_parts)):
             images, texts = encode(i)
-            # By the chain rule, this sum has the same gradient with respect to the weights as the loss.
+            # By the chain rule, these sums have together the gradient that the loss has with respect to the
+            # towers' weights. The scaler has scaled image_grads and text_grads already.
             ((images * image_grads[i]).sum() + (texts * text_grads[i]).sum()).backward()
     if WORLD_SIZE > 1:
-        # Every process backpropagates the same whole loss, and gather_rows adds these up, so the sum over
-        # processes is WORLD_SIZE times the gradient. That holds for logit_scale too, without gather_rows.
+        # Each process backpropagates the whole loss, and gather_rows adds up the WORLD_SIZE equal gradients
+        # of each row. So the sum over processes, each with its own rows, is WORLD_SIZE times the gradient.
+        # That holds for logit_scale too, of which each process has the whole gradient.
         for p in model.parameters():
             if p.grad is not None:
                 dist.all_reduce(p.grad)
@@ -849,7 +857,7 @@ def open_device(name):
         torch.cuda.set_device(device)
     if WORLD_SIZE > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))  # process 0 may decode photos for long
+        dist.init_process_group(backend, timeout=timedelta(days=1))  # process 0 may decode for hours
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, process 0 prints for all
     return device
@@ -867,7 +875,7 @@ def autocast_dtype(device):
 
 
 def autocast(device):
-    """The context of forward passes, in which matrix products have that type."""
+    """The context of forward passes, in which matrix products have the type autocast_dtype(device)."""
     dtype = autocast_dtype(device)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
@@ -875,7 +883,7 @@ def autocast(device):
 def compile_model(model):
     """Compile the blocks of both towers, with CUDA graphs: without these, the GPU waits for Python, which
     starts about a thousand kernels in a pass. The last block has little work, so it is not compiled."""
-    gc.collect()  # free the graphs of a model that this process trained before
+    gc.collect()  # free the graphs of a model trained before, as in a study of finetune.py
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 64  # all blocks share one function, with a version for each shape
     torch._inductor.config.fallback_random = True  # PyTorch's dropout (in LoRA) is faster than Inductor's
@@ -887,14 +895,14 @@ def compile_model(model):
 # --- The command -----------------------------------------------------------------------------------------
 
 
-def open_data(args, device, tokenizer, config):
+def open_data(args, device, tokenizer_name, config):
     """(splits, tokenizer) of --data, for a model of this configuration. Checks --out and --batch-size."""
     if not args.resume and (args.out / "checkpoint.pt").exists():
         raise data.InputError(f"--out {args.out} holds a run: add --resume, or give another folder")
     if RANK > 0:
         dist.barrier()  # wait until process 0 has decoded the photos
     sizes = config.image_size, config.max_position_embeddings
-    splits, tokenizer = data.load(args.data, tokenizer, *sizes, args.captions, args.photos)
+    splits, tokenizer = data.load(args.data, tokenizer_name, *sizes, args.captions, args.photos)
     if RANK == 0 and WORLD_SIZE > 1:
         dist.barrier()  # let the others read what is decoded
     photos = len(splits["train"].photos)
@@ -928,6 +936,7 @@ def parse_args(argv):
     parser.add_recipe(Recipe())  # and --data, --captions, --photos, --out, --resume, --device, --compile
     given = parser.first_look(argv)  # parse once to learn --data and --model, on which defaults depend
     if given.data in data.DRAWN:
+        # These were best on drawn scenes.
         drawn = {"model": "tiny", "text": "causal", "init": "openai", "tokenizer": "train"}
         parser.set_defaults(**drawn, **asdict(DRAWN_RECIPE))
     elif given.model == "tiny":
@@ -940,12 +949,12 @@ def parse_args(argv):
 def run(args):
     recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
     device = open_device(args.device)
-    if device.type == "cpu" and args.model == "ViT-B/16" and not recipe.micro_batch:  # too little memory
+    if device.type == "cpu" and args.model == "ViT-B/16" and not recipe.micro_batch:
         advice = "add --model tiny --tokenizer train, or take --data shapes"
         raise data.InputError(f"ViT-B/16, the default for photos, needs a GPU: {advice}")
     config = replace(PRESETS[args.model], causal=args.text == "causal")
     splits, tokenizer = open_data(args, device, args.tokenizer, config)
-    if RANK == 0 and not (args.out / "checkpoint.pt").exists():  # a resumed run keeps its own
+    if RANK == 0 and not (args.out / "checkpoint.pt").exists():  # a resumed run has one
         with data.atomic(args.out / "tokenizer") as temporary:
             tokenizer.save_pretrained(temporary)
     torch.manual_seed(recipe.seed)  # the same weights in every process
@@ -954,7 +963,7 @@ def run(args):
     if args.init == "mimetic":
         init_mimetic(model)
     print_start(model, splits, recipe.batch_size, device)
-    before = embed(model, splits["val"])
+    before = embed(model, splits["val"])  # for inside.png
     compile = args.compile and device.type == "cuda"
     ema_model, history = train(model, splits, recipe, args.out, args.resume, compile)
     if RANK == 0:
