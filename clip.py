@@ -102,8 +102,9 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.num_heads = config.num_attention_heads
-        # Four Linears, which lora.py can replace. nn.MultiheadAttention reads the weight of its out_proj, but
-        # never calls this Linear, so a LoRA layer in its place would have no effect (peft #761).
+        # Four Linears, which lora.py can replace by LoRA layers for fine-tuning. nn.MultiheadAttention reads
+        # the weight of its out_proj, but never calls this Linear, so a LoRA layer in its place would have no
+        # effect (peft #761).
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -158,7 +159,7 @@ class Block(nn.Module):
         # Under autocast x has 16 bits (see Encoder), but LayerNorm returns fp32: cast once for q, k and v.
         normed = self.layer_norm1(x).to(x.dtype)
         x = x[queries] + self.self_attn(normed[queries], normed, mask)
-        return x + self.mlp(self.layer_norm2(x).to(x.dtype))
+        return x + self.mlp(self.layer_norm2(x))
 
 
 class Encoder(nn.Module):
@@ -176,8 +177,8 @@ class Encoder(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for layer in self.layers[:-1]:
             x = layer(x, mask)
-        # Nothing reads the other tokens of the last block. Without them a step takes less time: 5 % less with
-        # ViT-B/16, and 20 % less with the tiny model on a CPU.
+        # Nothing reads the last block's outputs for the other tokens. Without these a step takes less time:
+        # 5 % less with ViT-B/16, and 20 % less with the tiny model on a CPU.
         rows = torch.arange(x.shape[0], device=x.device)[:, None]  # (B, 1)
         x = self.layers[-1](x, pool_mask, queries=(rows, pool_index))  # (B, 1, C)
         return x[:, 0]
@@ -310,7 +311,7 @@ class CLIP(nn.Module):
 
     def similarity(self, image_embeds, text_embeds):
         """Logits (B, B) of unit vectors (B, E) and (B, E): their cosines times exp(logit_scale). For stacks
-        (n, B, E) of them, it returns (n, B, B). Logits are fp32, because the scale grows to up to 100, and
+        (n, B, E) of them, it returns (n, B, B). Logits are fp32, because the scale may grow to 100, and
         near 100 bf16 has steps of 0.5."""
         with torch.autocast(image_embeds.device.type, enabled=False):
             return self.logit_scale.exp() * (image_embeds @ text_embeds.mT)
@@ -323,8 +324,9 @@ class CLIP(nn.Module):
 
 @torch.no_grad()
 def init_weights(model):
-    """OpenAI's initial values (openai/CLIP, initialize_parameters). The Linears in the blocks of both towers
-    have those of its text tower, and biases of 0. Norms and the patch embedding keep PyTorch's defaults."""
+    """OpenAI's initial values (openai/CLIP, initialize_parameters). The blocks of both towers follow the
+    formulas of OpenAI's text tower, each with its own C and L, and with biases of 0. Norms and the patch
+    embedding keep PyTorch's defaults."""
     for tower, config in ((model.vision_model, model.config.vision), (model.text_model, model.config.text)):
         C, L = config.hidden_size, config.num_hidden_layers
         std = {"q_proj": C**-0.5, "k_proj": C**-0.5, "v_proj": C**-0.5, "fc1": (2 * C) ** -0.5}
@@ -352,7 +354,7 @@ def init_weights(model):
 
 
 def contrastive_loss(logits_per_image):
-    """The mean of two cross-entropies of the logits (B, B). For a stack (n, B, B), it is the mean of n.
+    """The mean of two cross-entropies of logits (B, B), or the mean of n such losses for a stack (n, B, B).
 
     A row asks which caption fits its photo, a column which photo fits its caption. The right answers are on
     the diagonal. For three photos and their captions:
@@ -405,7 +407,7 @@ def recall_at_k(image_embeds, text_embeds, image_index, ks=(1, 5, 10)):
 @torch.no_grad()
 def embed(model, split, batch_size=250):
     """Embeddings of the photos (N, E) and the captions (M, E) of a data.Split, which holds N photos and, in
-    their order, the token ids of M captions. It must not be the training split, whose photos are larger
+    their order, the token ids of M captions. It must not be the training split, whose photos may be larger
     than image_size, for random crops."""
     device, training = model.logit_scale.device, model.training
     model.eval()
@@ -421,7 +423,7 @@ def embed(model, split, batch_size=250):
 
 @torch.no_grad()
 def evaluate(model, split):
-    """Loss and recalls in percent: {"loss", "t2i_r1", ..., "i2t_r10"}.
+    """Loss, and recalls in percent: {"loss", "t2i_r1", ..., "i2t_r10"}.
 
     A loss depends on how many photos are compared. This one is the mean over groups of 64 photos, so a guess
     has ln 64 = 4.159; if there are fewer photos, they are one group. It is also the mean over five turns, as
@@ -453,8 +455,8 @@ def describe(row):
 
 @dataclass
 class Recipe:
-    """How to train. The defaults were chosen for a ViT-B/16 on the 6,000 photos of Flickr8k. Every setting is
-    a flag. A value out of range raises InputError."""
+    """How to train. The defaults were chosen for a ViT-B/16 on the 6,000 photos of Flickr8k, the most photos
+    that we had. Every setting is a flag. A value out of range raises InputError."""
 
     # Each setting has its default, its least and largest value, and its help text.
     epochs: int = data.setting(60, 1, 1e6, "epochs; the last incomplete batch of each is dropped")
@@ -481,7 +483,7 @@ class Recipe:
 # Plain CLIP, without the recipe for few photos, is what finetune.py trains with. Drawn scenes add Muon.
 PLAIN = dict(muon=0, views=1, crop_scale=0.4, color_jitter=0.0, patch_dropout=0.0, texts=1, word_dropout=0.0)
 DRAWN_RECIPE = Recipe(**(PLAIN | dict(epochs=8, warmup=0.5, weight_decay=0.3, muon=1)))
-# In so few epochs the tiny model does not learn photos by heart, so it has weaker augmentation.
+# In 16 epochs the tiny model does not learn photos by heart, so on photos it has weaker augmentation.
 WEAKER = dict(crop_scale=0.3, color_jitter=0.2, patch_dropout=0.5, word_dropout=0.2)
 TINY_RECIPE = Recipe(epochs=16, lr=2e-3, warmup=1.0, weight_decay=0.3, **WEAKER)
 
@@ -560,9 +562,9 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
     """Train the parameters that require a gradient, in place. Returns (ema_model, history).
 
     ema_model is a copy with the moving average of the weights: evaluate and use this one. history has a row
-    for each epoch. log.csv and checkpoint.pt are written to run_dir after the last epoch, and after as many
-    others as take about 5 % of the time. `resume` continues from there, with more epochs if you like; on the
-    CPU a resumed run is bit for bit the uninterrupted one.
+    for each epoch. log.csv and checkpoint.pt are written to run_dir after the last epoch, and after others
+    so often that writing takes about 5 % of the time. `resume` continues from there, with more epochs if you
+    like; on the CPU a resumed run is bit for bit the uninterrupted one.
     """
     split, B, device = splits["train"], recipe.batch_size, model.logit_scale.device
     steps_per_epoch = len(split.photos) // B
@@ -589,7 +591,7 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
         for i, batch in enumerate(pairs[: steps_per_epoch * B].split(B)):
             step = epoch * steps_per_epoch + i
             # Each step and process has its own seed, so a resumed run draws the same crops and dropout. The
-            # hash of a tuple of integers is always the same. On CPUs, PyTorch uses only 32 bits of a seed.
+            # hash of a tuple of integers is always the same. train_step_general adds to the seed.
             torch.manual_seed(hash((recipe.seed, step, RANK)) % 2**32)
             if compile:  # from here on, CUDA graphs may reuse the memory of the last step
                 torch.compiler.cudagraph_mark_step_begin()
@@ -672,7 +674,7 @@ def load_checkpoint(run_dir):
 
 def resume_run(run_dir, settings, model, ema_model, optimizers):
     """Restore what save_run saved and return the history, empty if there is no checkpoint yet. InputError if
-    the model, the recipe or the data differ. Only micro_batch may differ, and epochs may grow."""
+    the model, the recipe or the data differ. Only micro_batch and epochs may differ."""
     if not (Path(run_dir) / "checkpoint.pt").exists():
         print(f"new run   {run_dir}")
         return []
@@ -697,8 +699,9 @@ def resume_run(run_dir, settings, model, ema_model, optimizers):
 
 # --- The recipe for few photos ---------------------------------------------------------------------------
 # A ViT-B/16 with the plain recipe learns the 6,000 photos of Flickr8k by heart. What helps is another
-# initialisation of attention, an optimizer that learns faster, several crops and captions of each photo that
-# never look the same twice, and the moving average of the weights. The README has ablations.
+# initialisation of attention, an optimizer that learns rare directions too, several crops and captions of
+# each photo that never look the same twice, and the moving average of the weights, which all recipes have.
+# The README has ablations.
 
 
 @torch.no_grad()
@@ -724,7 +727,8 @@ def orthogonalize(x):
     x = x.to(autocast_dtype(x.device))  # emulated bf16 on CPUs would be 20 times slower than fp32
     for _ in range(5):
         gram = x @ x.mT  # (n, rows, rows)
-        # x = (3.4445 I - 4.7750 gram + 2.0315 gram gram) x
+        # x = (3.4445 I - 4.7750 gram + 2.0315 gram gram) x. So each singular value s of x becomes
+        # 3.4445 s - 4.7750 s^3 + 2.0315 s^5, and five times this brings values from 0 to 1 near 1.
         factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         factor.diagonal(dim1=1, dim2=2).add_(3.4445)
         x = factor @ x
@@ -831,7 +835,7 @@ def train_step_general(model, optimizers, scaler, pixels, ids, lr, recipe):
         image_grads, text_grads = image_embeds.grad.split(size), text_embeds.grad.split(size)
         for i in range(len(pixel_parts)):
             images, texts = encode(i)
-            # By the chain rule, these sums have together the gradient that the loss has with respect to the
+            # By the chain rule, these sums together have the gradient that the loss has with respect to the
             # towers' weights. The scaler has scaled image_grads and text_grads already.
             ((images * image_grads[i]).sum() + (texts * text_grads[i]).sum()).backward()
     if WORLD_SIZE > 1:
@@ -949,6 +953,7 @@ def parse_args(argv):
 def run(args):
     recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
     device = open_device(args.device)
+    # With --micro-batch the memory suffices, but training is very slow.
     if device.type == "cpu" and args.model == "ViT-B/16" and not recipe.micro_batch:
         advice = "add --model tiny --tokenizer train, or take --data shapes"
         raise data.InputError(f"ViT-B/16, the default for photos, needs a GPU: {advice}")
