@@ -26,6 +26,7 @@ import math
 import os
 import sys
 import time
+import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from itertools import combinations, product
@@ -658,13 +659,15 @@ def save_run(run_dir, settings, history, model, ema_model, optimizers):
 def load_checkpoint(run_dir):
     """The dictionary that save_run wrote, on the CPU, its "config" as a CLIPConfig. InputError if it can't be
     read."""
-    try:  # with weights_only, torch.load runs no code
-        state = torch.load(Path(run_dir) / "checkpoint.pt", map_location="cpu", weights_only=True)
+    path = Path(run_dir) / "checkpoint.pt"
+    try:
+        is_damaged = zipfile.ZipFile(path).testzip()  # compares checksums, which torch.load does not
+        state = torch.load(path, map_location="cpu", weights_only=True)  # weights_only runs no code
         keys = {"recipe", "data", "source", "history", "ema_model", "model", "optimizers"}
         config = state["config"]
         towers = {name: TowerConfig(**config[name]) for name in ("vision", "text")}
         state["config"] = CLIPConfig(**(config | towers))
-        if asdict(state["config"]) != config or not keys <= state.keys():  # as in another version
+        if is_damaged or asdict(state["config"]) != config or not keys <= state.keys():
             raise KeyError
         return state
     except Exception as error:  # torch.load raises a dozen kinds
@@ -956,7 +959,9 @@ def run(args):
     # With --micro-batch the memory suffices, but training is very slow.
     if device.type == "cpu" and args.model == "ViT-B/16" and not recipe.micro_batch:
         advice = "add --model tiny --tokenizer train, or take --data shapes"
-        raise data.InputError(f"ViT-B/16, the default for photos, needs a GPU: {advice}")
+        raise data.InputError(
+            f"ViT-B/16, the default for a folder such as {args.data}, needs a GPU: {advice}"
+        )
     config = replace(PRESETS[args.model], causal=args.text == "causal")
     splits, tokenizer = open_data(args, device, args.tokenizer, config)
     if RANK == 0 and not (args.out / "checkpoint.pt").exists():  # a resumed run has one

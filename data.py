@@ -203,6 +203,8 @@ def load(name, tokenizer, image_size, context=77, captions=None, limit=0):
         raise InputError(f"--photos {limit} is negative: give a number of training photos, or 0 for all")
     if name not in (*DRAWN, "flickr30k") and not Path(name).is_dir():
         raise InputError(f"--data {name} is not a folder: give one, or {' or '.join(DRAWN)}")
+    if captions and name in DRAWN:
+        raise InputError(f"--captions {captions} is for folders of photos, but {name} is a drawn world")
     tokenizer = load_tokenizer(tokenizer) if tokenizer != "train" else None  # fails before photos are decoded
     if name in DRAWN:
         sizes = {"val": 500, "test": 500, "train": limit or DRAWN[name]}

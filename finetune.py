@@ -10,14 +10,12 @@
     python finetune.py --search FOLDER "two dogs in the snow"         the photos below FOLDER that fit best
 
 Each rank, and with --full the training of all weights, starts from the same base and sees the same batches.
-Data, loss, metrics and training loop are those of clip.py.
 """
 
 import contextlib
 import copy
 import statistics
 import sys
-import zlib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -114,6 +112,9 @@ def from_pretrained(name_or_dir, tokenizer=None):
             if not base:
                 raise InputError("adapter_config.json has no base_model_name_or_path: add it")
             model = from_pretrained(base, tokenizer)
+            known = clip.load_checkpoint(folder)["recipe"]["base_checksum"] if is_run else 0
+            if known and known != lora.checksum(model):
+                raise InputError(f"its base, {base}, has other weights than in training")
             lora.load_adapter(model, folder)
             lora.merge(model)
         except Exception as error:  # a malformed configuration raises almost anything
@@ -336,9 +337,8 @@ def study(base, splits, recipes, out, compile=False):
     zero_shot = evaluate_all(base, "zero-shot", judged)
     rows = [{"variant": "zero-shot", "seed": "", "trainable": 0, "minutes": 0.0}]
     rows[0] |= {"lowest val loss": zero_shot["val loss"]} | zero_shot
-    checksum = zlib.crc32(b"".join(x.cpu().numpy().tobytes() for x in base.state_dict().values()))
     for recipe in recipes:
-        recipe = replace(recipe, base_checksum=checksum)
+        recipe = replace(recipe, base_checksum=lora.checksum(base))
         name, variant = (f"r{recipe.r}", f"r={recipe.r}") if recipe.r else ("full", "all weights")
         run_dir = out / f"{name}-seed{recipe.seed}"
         model, history = adapt(base, splits, recipe, run_dir, resume=True, compile=compile)

@@ -17,6 +17,7 @@ import os
 import re
 import tempfile
 import warnings
+import zlib
 from pathlib import Path
 
 import torch
@@ -74,6 +75,11 @@ def adapters(model):
     if not found:
         raise ValueError("this model has no adapters: add_lora(model, ...) inserts them")
     return found
+
+
+def checksum(model):
+    """A number that depends on all weights of a model. An adapter fits only the weights it was trained on."""
+    return zlib.crc32(b"".join(weight.cpu().numpy().tobytes() for weight in model.state_dict().values()))
 
 
 def linears_of(model):

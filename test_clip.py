@@ -415,7 +415,6 @@ def test_weights_start_at_openais_scales():
     assert difference(model.logit_scale, torch.tensor(2.6593)) < 1e-4  # ln 14.29, not 0.07
     for name, parameter in model.named_parameters():
         if name in std:
-            # Four standard errors of a standard deviation and of a mean.
             assert abs(parameter.std() / std[name] - 1) < 4 / math.sqrt(2 * parameter.numel()), name
             assert abs(parameter.mean() / std[name]) < 4 / math.sqrt(parameter.numel()), name
         elif name != "logit_scale":
@@ -620,9 +619,7 @@ def remove_weight():
 BAD_FOLDERS = {
     "not clip": (lambda: reconfigure(None, model_type="siglip"), "config.json: model_type is siglip"),
     "activation": (lambda: reconfigure("text_config", hidden_act="relu"), "text_config.hidden_act is relu"),
-    "patches": (lambda: reconfigure("vision_config", image_size=44), "image_size modulo patch_size is 4"),
     "mean": (lambda: process(image_mean=[0.5] * 3), "preprocessor_config.json: image_mean is"),
-    "squashed": (lambda: process(size={"height": 40, "width": 40}), "preprocessor_config.json: size is"),
     "weight missing": (remove_weight, "missing or unexpected weight visual_projection.weight"),
     "cut": (lambda: os.truncate("base/model.safetensors", 5000), "can't read the weights of base"),
     "no weights": (lambda: os.remove("base/model.safetensors"), "no file named model.safetensors"),
@@ -1003,7 +1000,6 @@ MALFORMED = {
     "a bad line": ("results.csv", b"image_name| comment_number| comment\n1.jpg a dog\n", "in '1.jpg a dog'"),
     "JSON without images": ("dataset_a.json", b"{}", "malformed"),
     "two splits": ("a.csv", b"image,caption,split\n1,a,train\n1,b,val\n", "two splits, train and val"),
-    "half an emoji": ("a.jsonl", b'{"image": "1", "caption": "\\ud83d"}', "surrogates"),
 }
 
 
@@ -1091,7 +1087,6 @@ def test_color_jitter_equals_pillow():
     torch.manual_seed(5)
     factors = torch.empty(3, 300, 1, 1).uniform_(0.6, 1.4)[:, :, 0, 0]
     grey, solarized = torch.rand(2, 300) < 0.2
-    assert 40 < grey.sum() < 80 and 40 < solarized.sum() < 80
     for i in range(0, 300, 10):
         image = ImageEnhance.Brightness(Image.fromarray(photo)).enhance(factors[0, i].item())
         image = ImageEnhance.Contrast(image).enhance(factors[1, i].item())
@@ -1290,7 +1285,6 @@ def test_only_matrices_of_linears_decay(muon):
     decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     linears = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear)}
     assert len(decays) == len(list(model.parameters())) == sum(len(group["params"]) for group in groups)
-    # The patch embedding is a Linear on the pixels of a patch, though it has the shape of a convolution.
     assert {i for i, decay in decays.items() if decay == 0.2} == linears
     assert {decay for i, decay in decays.items() if i not in linears} == {0.0}
     if muon:
@@ -1516,7 +1510,7 @@ def test_adapting_repeats_and_leaves_the_base_alone(study_folder, tmp_path):
     assert difference(first, again) == 0 and difference(first, other) > 1e-3
 
 
-def test_other_data_are_not_called_the_bases(study_folder, monkeypatch):
+def test_other_data_or_weights_are_not_the_bases(study_folder, monkeypatch):
     base = finetune.from_pretrained("runs/shapes")
     assert list(finetune.own_data(base)) == ["shapes val"]
     monkeypatch.setitem(FEW, "train", 99)  # as with --photos: the validation photos are the same
@@ -1525,6 +1519,9 @@ def test_other_data_are_not_called_the_bases(study_folder, monkeypatch):
     assert finetune.own_data(base) == {}
     monkeypatch.setattr(data, "DRAWN", {})  # then `shapes` is a folder that isn't there
     assert finetune.own_data(base) == {}
+    monkeypatch.setattr(lora, "checksum", lambda model: 1)  # as if the base had been trained further
+    with pytest.raises(data.InputError, match="other weights than in training"):
+        finetune.from_pretrained(study_folder / "r4-seed0")
 
 
 # --- Classes and search ----------------------------------------------------------------------------------
@@ -1660,6 +1657,10 @@ def with_another_config():
     torch.save(state | {"config": state["config"] | {"pool": "last"}}, "old/checkpoint.pt")
 
 
+def with_a_wrong_byte():
+    os.pwrite(os.open("old/checkpoint.pt", os.O_RDWR), b"wrong", 20_000)
+
+
 OLD = "--out old --resume"
 # Swapping these lines moves a caption to the next photo, without changing the order of captions.
 MOVED = replaced("images/5.jpg,photo 5 in way 1", "images/6.jpg,photo 5 in way 1")
@@ -1669,10 +1670,10 @@ BAD = (
     (None, "clip", "--data nowhere", "--data nowhere"),
     (replaced(",val", ",train"), "clip", "", "--data photos has"),
     (lambda: Path(PHOTO).write_bytes(b"x"), "clip", "", f"{PHOTO} can't be read"),
-    (lambda: os.truncate(PHOTO, 2000), "clip", "", f"{PHOTO} can't be read"),
     (lambda: Image.new("I;16", (9, 9)).save(PHOTO, "PNG"), "clip", "", f"{PHOTO} can't be read (it has more"),
     (None, "clip", "--batch-size 31", "--batch-size 31 is more than the 30 photos: give fewer"),
     (None, "clip", "--lr nan", "--lr nan is not between"),
+    (None, "clip", "--data shapes --captions a.csv", "but shapes is a drawn world"),
     (None, "clip", "--epoch 3", "unrecognized arguments: --epoch"),
     (None, "clip", "--device cuda:99", "--device cuda:99 can't be used here"),
     (None, "clip", "--tokenizer nowhere", "no tokenizer in nowhere"),
@@ -1682,9 +1683,8 @@ BAD = (
     (None, "clip", f"{OLD} --epochs 1", "old has 2 epochs already: give --epochs 2 or more"),
     (replaced("photo 7 in way 0", "photo 8 in way 0"), "clip", OLD, "captions or tokenizer differ"),
     (MOVED, "clip", OLD, "captions or tokenizer differ"),
-    (lambda: os.truncate("old/checkpoint.pt", 1000), "clip", OLD, "is missing, damaged"),
     (with_another_config, "clip", OLD, "or of another version"),
-    (with_another_config, "finetune", "--base old", "or of another version"),
+    (with_a_wrong_byte, "finetune", "--base old", "is missing, damaged"),
     (None, "finetune", "--base nowhere", "no CLIP in nowhere"),
     (None, "finetune", "--base old --r 0", "--r and --seeds must be at least 1"),
     (None, "finetune", "--base old --targets query", "no Linear is named 'query'"),
