@@ -121,8 +121,7 @@ class Attention(nn.Module):
 
 
 def quick_gelu(x):
-    """OpenAI's approximation of GELU. Weights trained with one of the two are worse with the other (open_clip
-    #771)."""
+    """OpenAI's approximation of GELU. Weights for one are worse with the other (open_clip #771)."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -609,8 +608,7 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
             if (step + 1) % max(10, steps // 40) == 0:  # about 40 lines in a long run
                 text = f"epoch {epoch + 1:3d}/{recipe.epochs}  step {step + 1:6d}/{steps}"
                 text += f"  loss {loss.item():7.4f}  lr {lr:.2e}  scale {model.logit_scale.exp().item():6.2f}"
-                seconds = time.perf_counter() - start  # loss.item() above has waited for the GPU
-                rate = (i + 1) / seconds
+                rate = (i + 1) / (time.perf_counter() - start)  # loss.item() above has waited for the GPU
                 minutes = (steps - step - 1) / rate / 60
                 print(f"{text}  {rate * B:6,.0f} pairs/s  ETA {minutes:6.1f} min", flush=True)
 
@@ -657,8 +655,7 @@ def save_run(run_dir, settings, history, model, ema_model, optimizers):
 
 
 def load_checkpoint(run_dir):
-    """The dictionary that save_run wrote, on the CPU, its "config" as a CLIPConfig. InputError if it can't be
-    read."""
+    """What save_run wrote, on the CPU and with a CLIPConfig as "config". InputError if it can't be read."""
     path = Path(run_dir) / "checkpoint.pt"
     try:
         is_damaged = zipfile.ZipFile(path).testzip()  # compares checksums, which torch.load does not
@@ -677,21 +674,19 @@ def load_checkpoint(run_dir):
 
 def resume_run(run_dir, settings, model, ema_model, optimizers):
     """Restore what save_run saved and return the history, empty if there is no checkpoint yet. InputError if
-    the model, the recipe or the data differ. Only micro_batch and epochs may differ."""
+    the model, the recipe or the data differ. Only micro_batch may differ, and epochs unless more are done."""
     if not (Path(run_dir) / "checkpoint.pt").exists():
         print(f"new run   {run_dir}")
         return []
     state = load_checkpoint(run_dir)
     if state["data"] != settings["data"]:
         raise data.InputError(f"{run_dir} can't be resumed: the photos, captions or tokenizer differ")
-    before = asdict(state["config"]) | state["recipe"]
+    before, done = asdict(state["config"]) | state["recipe"], len(state["history"])
     for name, value in (settings["config"] | settings["recipe"]).items():
-        if before.get(name) != value and name not in ("epochs", "micro_batch"):
+        may_differ = name == "micro_batch" or (name == "epochs" and value >= done)
+        if before.get(name) != value and not may_differ:
             difference = f"{name} was {before.get(name)} and is {value} now"
             raise data.InputError(f"{run_dir} can't be resumed: {difference}. Give another --out")
-    done, epochs = len(state["history"]), settings["recipe"]["epochs"]
-    if done > epochs:
-        raise data.InputError(f"{run_dir} has {done} epochs already: give --epochs {done} or more")
     model.load_state_dict(state["model"], strict=False)  # a checkpoint has only the weights that are trained
     ema_model.load_state_dict(state["ema_model"], strict=False)
     for optimizer, optimizer_state in zip(optimizers, state["optimizers"]):
@@ -702,9 +697,8 @@ def resume_run(run_dir, settings, model, ema_model, optimizers):
 
 # --- The recipe for few photos ---------------------------------------------------------------------------
 # A ViT-B/16 with the plain recipe learns the 6,000 photos of Flickr8k by heart. What helps is another
-# initialisation of attention, an optimizer that learns rare directions too, several crops and captions of
-# each photo that never look the same twice, and the moving average of the weights, which all recipes have.
-# The README has ablations.
+# initialisation of attention, an optimizer that learns rare directions too, several varied crops and captions
+# of each photo, and the moving average of the weights, which all recipes have. The README has ablations.
 
 
 @torch.no_grad()

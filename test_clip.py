@@ -1680,7 +1680,7 @@ BAD = (
     (lambda: Path("new").touch(), "clip", "", "can't write new"),
     (None, "clip", "--out old", "--out old holds a run"),
     (None, "clip", f"{OLD} --seed 5", "old can't be resumed: seed was 0 and is 5 now"),
-    (None, "clip", f"{OLD} --epochs 1", "old has 2 epochs already: give --epochs 2 or more"),
+    (None, "clip", f"{OLD} --epochs 1", "old can't be resumed: epochs was 2 and is 1 now"),
     (replaced("photo 7 in way 0", "photo 8 in way 0"), "clip", OLD, "captions or tokenizer differ"),
     (MOVED, "clip", OLD, "captions or tokenizer differ"),
     (with_another_config, "clip", OLD, "or of another version"),
