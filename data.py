@@ -278,7 +278,11 @@ def find_captions_file(folder):
                 others.append(path)
     found = found or others
     if len(found) != 1:
-        problem = f"several captions files, {', '.join(map(str, found))}" if found else "no captions file"
+        problem = (
+            f"several captions files, {', '.join(map(str, found))}"
+            if found
+            else "no captions file with known columns"
+        )
         advice = "--captions FILE names it; a table has the columns file_name and caption"
         raise InputError(f"--data {folder} has {problem}: {advice}")
     return found[0]
