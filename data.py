@@ -278,10 +278,8 @@ def find_captions_file(folder):
                 others.append(path)
     found = found or others
     if len(found) != 1:
-        problem = (
-            f"several captions files, {', '.join(map(str, found))}" if found else "no known captions file"
-        )
-        advice = "--captions FILE names it; a table has the columns file_name and caption"
+        problem = f"several captions files, {', '.join(map(str, found))}" if found else "no captions file"
+        advice = "--captions FILE names it; a table needs the columns file_name and caption"
         raise InputError(f"--data {folder} has {problem}: {advice}")
     return found[0]
 
