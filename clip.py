@@ -668,13 +668,13 @@ def load_checkpoint(run_dir):
             raise KeyError
         return state
     except Exception as error:  # torch.load raises a dozen kinds
-        message = f"{run_dir}/checkpoint.pt is missing, damaged or of another version of this project"
-        raise data.InputError(message) from error
+        raise data.InputError(f"{path} is missing, damaged or of another version of this project") from error
 
 
 def resume_run(run_dir, settings, model, ema_model, optimizers):
     """Restore what save_run saved and return the history, empty if there is no checkpoint yet. InputError if
-    the model, the recipe or the data differ. Only micro_batch may differ, and epochs unless more are done."""
+    the model, the recipe or the data differ, or if more epochs are done than the recipe has. Only micro_batch
+    and epochs may differ."""
     if not (Path(run_dir) / "checkpoint.pt").exists():
         print(f"new run   {run_dir}")
         return []

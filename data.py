@@ -137,7 +137,7 @@ def color_jitter(pixels, strength, grey=0.2, solarized=0.2):
     factors = torch.empty(3, B, 1, 1, 1, device=device).uniform_(1 - strength, 1 + strength)
     brightness, contrast, saturation = factors  # (B, 1, 1, 1) each
     saturation = saturation * (torch.rand(B, 1, 1, 1, device=device) >= grey)
-    luma = torch.tensor([0.299, 0.587, 0.114]).to(device, non_blocking=True)[:, None, None]
+    luma = torch.tensor([0.299, 0.587, 0.114]).to(device, non_blocking=True)[:, None, None]  # R, G, B in grey
     pixels = brightness * pixels
     in_grey = (pixels * luma).sum(dim=1, keepdim=True)  # (B, 1, S, S)
     pixels = torch.lerp(in_grey, pixels, saturation)

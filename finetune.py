@@ -106,14 +106,14 @@ def from_pretrained(name_or_dir, tokenizer=None):
     folder = Path(name_or_dir)
     is_run = (folder / "checkpoint.pt").exists()
     # In a study's folder, read_adapter raises an error that names the adapters inside.
-    if (folder / "adapter_config.json").exists() or not is_run and any(folder.glob("*/adapter_config.json")):
+    is_study = not is_run and any(folder.glob("*/adapter_config.json"))
+    if is_study or (folder / "adapter_config.json").exists():
         try:
             base = lora.read_adapter(folder)[0].base_model_name_or_path
             if not base:
                 raise InputError("adapter_config.json has no base_model_name_or_path: add it")
             model = from_pretrained(base, tokenizer)
-            known = clip.load_checkpoint(folder)["recipe"]["base_checksum"] if is_run else 0
-            if known and known != lora.checksum(model):
+            if is_run and clip.load_checkpoint(folder)["recipe"]["base_checksum"] != lora.checksum(model):
                 raise InputError(f"its base, {base}, has other weights than in training")
             lora.load_adapter(model, folder)
             lora.merge(model)
@@ -171,7 +171,7 @@ class LoRARecipe(Recipe):
     r: int = 64  # 0 trains all weights
     alpha: float = 128.0
     targets: tuple = ("q_proj", "k_proj", "v_proj")
-    base_checksum: int = 0  # of the base's weights, so that a run is not resumed with another base
+    base_checksum: int = 0  # of the base's weights; `adapt` sets it, and an adapter fits only this base
 
 
 # For released weights, after amirhossein-yousefi/Image-Contrastive-CLIP; for runs of clip.py; for drawn data.
@@ -183,7 +183,7 @@ DRAWN_RECIPE = replace(RECIPE, epochs=8, lr=5e-3, dropout=0.0)
 def adapt(base, splits, recipe, run_dir, resume=False, compile=False):
     """Train adapters in a copy of the base, or all its weights if recipe.r is 0. Returns what clip.train
     returns, and adds the curve and the adapter to run_dir, or the tokenizer if all weights are trained."""
-    run_dir = Path(run_dir)
+    run_dir, recipe = Path(run_dir), replace(recipe, base_checksum=lora.checksum(base))
     model = copy.deepcopy(base)
     torch.manual_seed(recipe.seed)
     if recipe.r:
@@ -338,7 +338,6 @@ def study(base, splits, recipes, out, compile=False):
     rows = [{"variant": "zero-shot", "seed": "", "trainable": 0, "minutes": 0.0}]
     rows[0] |= {"lowest val loss": zero_shot["val loss"]} | zero_shot
     for recipe in recipes:
-        recipe = replace(recipe, base_checksum=lora.checksum(base))
         name, variant = (f"r{recipe.r}", f"r={recipe.r}") if recipe.r else ("full", "all weights")
         run_dir = out / f"{name}-seed{recipe.seed}"
         model, history = adapt(base, splits, recipe, run_dir, resume=True, compile=compile)

@@ -79,7 +79,10 @@ def adapters(model):
 
 def checksum(model):
     """A number that depends on all weights of a model. An adapter fits only the weights it was trained on."""
-    return zlib.crc32(b"".join(weight.cpu().numpy().tobytes() for weight in model.state_dict().values()))
+    checksum = 0
+    for weight in model.state_dict().values():
+        checksum = zlib.crc32(weight.cpu().numpy().tobytes(), checksum)
+    return checksum
 
 
 def linears_of(model):
