@@ -459,18 +459,21 @@ class Recipe:
     that we had. Every setting is a flag. A value out of range raises InputError."""
 
     # Each setting has its default, its least and largest value, and its help text.
-    epochs: int = data.setting(60, 1, 1e6, "epochs; the last incomplete batch of each is dropped")
+    epochs: int = data.setting(50, 1, 1e6, "epochs; the last incomplete batch of each is dropped")
     batch_size: int = data.setting(128, 2, 1e6, "photos in a step, on all GPUs together")
     lr: float = data.setting(7e-4, 0, 1e3, "learning rate after the warm-up")
-    warmup: float = data.setting(4.0, 0, 1e6, "epochs in which the learning rate rises from 0")
+    warmup: float = data.setting(2.0, 0, 1e6, "epochs in which the learning rate rises from 0")
     weight_decay: float = data.setting(1.0, 0, 1e3, "weight decay of Linears' matrices; few photos need much")
     # The recipe for few photos, which has its own section below.
     muon: int = data.setting(1, 0, 1, "1: Muon for the matrices of the blocks, 0: AdamW for everything")
+    embedding_lr: float = data.setting(3.0, 0, 1e3, "the token embeddings' learning rate, divided by --lr")
     views: int = data.setting(4, 1, 100, "random crops of each photo in a step")
     crop_scale: float = data.setting(0.1, 0.01, 1, "smallest fraction of a photo's area that a crop shows")
     color_jitter: float = data.setting(0.8, 0, 1, "largest change of brightness, contrast and saturation")
     patch_dropout: float = data.setting(0.75, 0, 0.99, "fraction of the patches that training leaves out")
+    unmask: int = data.setting(40, 0, 1e6, "after this many epochs, twice as many patches remain")
     texts: int = data.setting(4, 1, 100, "captions of each photo in a step")
+    mix_captions: float = data.setting(0.5, 0, 1, "fraction of the captions that get the end of another one")
     word_dropout: float = data.setting(0.9, 0, 1, "largest fraction of a caption that random words replace")
     # Large batches and random numbers.
     micro_batch: int = data.setting(0, 0, 1e6, "photos that a GPU encodes at once, to save memory; 0 is all")
@@ -481,7 +484,8 @@ class Recipe:
 
 
 # Plain CLIP, without the recipe for few photos, is what finetune.py trains with. Drawn scenes add Muon.
-PLAIN = dict(muon=0, views=1, crop_scale=0.4, color_jitter=0.0, patch_dropout=0.0, texts=1, word_dropout=0.0)
+PLAIN = dict(muon=0, embedding_lr=1.0, views=1, crop_scale=0.4, color_jitter=0.0, patch_dropout=0.0)
+PLAIN |= dict(texts=1, mix_captions=0.0, word_dropout=0.0)
 DRAWN_RECIPE = Recipe(**(PLAIN | dict(epochs=8, warmup=0.5, weight_decay=0.3, muon=1)))
 # In 16 epochs the tiny model does not learn photos by heart, so on photos it has weaker augmentation.
 WEAKER = dict(crop_scale=0.3, color_jitter=0.2, patch_dropout=0.5, word_dropout=0.2)
@@ -493,7 +497,7 @@ def make_optimizers(model, recipe):
 
     Weight decay pulls towards zero. That is a sensible prior for the matrices of Linears and of LoRA, but not
     for norms, biases, the logit scale and, unlike in the paper, embeddings, that of patches included."""
-    block_matrices, matrices, others = [], [], []
+    block_matrices, matrices, embeddings, others = [], [], [], []
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
@@ -501,11 +505,15 @@ def make_optimizers(model, recipe):
             block_matrices.append(p)
         elif p.ndim >= 2 and "embedding" not in name:
             matrices.append(p)
+        elif "token_embedding" in name:
+            embeddings.append(p)
         else:
             others.append(p)
     lr, decay = recipe.lr, recipe.weight_decay
-    groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": others}]
+    # Most tokens are rare, so their embeddings get few updates.
+    groups.append({"params": embeddings, "lr_scale": recipe.embedding_lr})
+    adamw = torch.optim.AdamW(groups, lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0, fused=True)
     return [Muon(block_matrices, lr, decay), adamw] if block_matrices else [adamw]
 
 
@@ -524,7 +532,7 @@ def make_batch(split, pairs, model, recipe):
         pixels = data.normalize(photos).repeat_interleave(recipe.views, dim=0)
     # cut: T is the same in every batch, so the text tower is compiled once. One caption in 1,000 is cut.
     ids = split.tokens(pairs[:, 1:].flatten(), device, cut=True)
-    return pixels, data.augment_captions(ids, config, recipe.word_dropout)
+    return pixels, data.augment_captions(ids, config, recipe)
 
 
 def train_step(model, optimizers, scaler, pixels, ids, lr):
@@ -547,7 +555,7 @@ def update_weights(model, optimizers, scaler, lr):
     overflow = scaler.is_enabled() and not norm.isfinite()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         if not overflow:
             scaler.step(optimizer)
         optimizer.zero_grad()
@@ -572,7 +580,6 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
     # One crop and one caption of each photo, one process and the whole batch at once need only train_step.
     # Drawn scenes are trained with it. The default recipe takes train_step_general, which comes later.
     is_simple = recipe.views == recipe.texts == WORLD_SIZE == 1 and not recipe.micro_batch
-    model.vision_model.embeddings.patch_dropout = recipe.patch_dropout
     optimizers = make_optimizers(model, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=autocast_dtype(device) == torch.float16)
     ema_model = copy.deepcopy(model).eval()
@@ -586,6 +593,10 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
     model.train()
     last_save, seconds_to_save = time.perf_counter(), 0.0
     for epoch in range(len(history), recipe.epochs):
+        # A trained model sees all patches, so the last epochs leave out fewer (FLIP's unmasked tuning).
+        dropout = recipe.patch_dropout
+        dropout = dropout if epoch < recipe.unmask else max(0.0, 2 * dropout - 1)
+        model.vision_model.embeddings.patch_dropout = dropout
         start, total = time.perf_counter(), 0.0
         pairs = split.pairs(recipe.seed, epoch, recipe.texts)  # (N, 1 + K), in another order each epoch
         for i, batch in enumerate(pairs[: steps_per_epoch * B].split(B)):
@@ -783,11 +794,11 @@ def multiview_loss(model, image_embeds, text_embeds):
 
 @torch.no_grad()
 def update_ema(ema_model, model, step):
-    """ema = ema + (weights - ema) 3 / (4 + step): a moving average, which removes the noise of single steps.
-    The factor falls as the run grows, so that the mean age of what it averages is a quarter of the run."""
+    """ema = ema + (weights - ema) 6 / (7 + step): a moving average, which removes the noise of single steps.
+    The factor falls as the run grows, so that the mean age of what it averages is a seventh of the run."""
     averages = [p for p in ema_model.parameters() if p.requires_grad]
     weights = [p for p in model.parameters() if p.requires_grad]
-    torch._foreach_lerp_(averages, weights, 3 / (4 + step))
+    torch._foreach_lerp_(averages, weights, 6 / (7 + step))
 
 
 # --- The general step: several crops and captions, large batches, several GPUs ----------------------------

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -389,12 +390,6 @@ def test_ties_and_nan_count_as_misses():
         alike = torch.full((40, 3), value), torch.full((200, 3), value)
         assert recall_at_k(*alike, FIVE_EACH) == recall(nothing, nothing)
 
-    # A caption of NaN finds nothing. For every photo it comes before all others.
-    texts = torch.eye(40)[FIVE_EACH]
-    texts[5] = torch.nan
-    found = recall_at_k(torch.eye(40), texts, FIVE_EACH, ks=(1, 2))
-    assert found == recall({1: 199 / 200, 2: 199 / 200}, {1: 0, 2: 39 / 40})
-
 
 # --- Starting values, padding, patch dropout -------------------------------------------------------------
 
@@ -623,7 +618,6 @@ BAD_FOLDERS = {
     "mean": (lambda: process(image_mean=[0.5] * 3), "preprocessor_config.json: image_mean is"),
     "weight missing": (remove_weight, "missing or unexpected weight visual_projection.weight"),
     "cut": (lambda: os.truncate("base/model.safetensors", 5000), "can't read the weights of base"),
-    "no weights": (lambda: os.remove("base/model.safetensors"), "no file named model.safetensors"),
     "nothing": (lambda: os.remove("base/config.json"), "no CLIP in base"),
 }
 
@@ -686,7 +680,6 @@ def test_exports_take_any_batch_and_length(name, causal):
         dynamic[1] = torch.export.Dim("length", min=2, max=16)
     program = torch.export.export(module, (x,), dynamic_shapes=(dynamic,)).module()
     assert difference(program(other), module(other)) < 1e-6
-    pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     torch.onnx.export(module, (x,), "m.onnx", dynamo=True, dynamic_shapes=(dynamic,), input_names=["x"])
     session = runtime.InferenceSession("m.onnx")
@@ -906,10 +899,7 @@ ERRORS = {
     "hidden Linear": (lambda: lora.add_lora(HIDDEN, 2, 4, 0, "out_proj"), "may have no effect"),
     "adapted twice": (lambda: lora.add_lora(adapted(), 4, 8), "has an adapter already"),
     "nothing to merge": (lambda: lora.merge(small_model()), "has no adapters"),
-    "no such folder": (
-        lambda: lora.load_adapter(small_model(), "nowhere"),
-        "nowhere is not the folder of an adapter",
-    ),
+    "no such folder": (lambda: lora.load_adapter(small_model(), "x"), "x is not the folder of an adapter"),
     "load another shape": (lambda: loaded(r=3), "doesn't fit: its"),
     "load PiSSA": (lambda: loaded(init_lora_weights="pissa"), "its init_lora_weights is pissa"),
     "load DoRA": (lambda: loaded(use_dora=True), "its use_dora is True"),
@@ -1188,13 +1178,24 @@ def test_word_dropout_replaces_words_alone():
     ids = torch.full((400, 16), 60, dtype=torch.int32)  # 60 is the end token
     ids[:, 0], ids[:, 1:11] = 61, torch.arange(100, 110)
     config = SimpleNamespace(vocab_size=5000, eos_token_id=60)
-    assert torch.equal(data.augment_captions(ids, config, 0.0), ids)
-    varied = data.augment_captions(ids, config, 0.6)
+    assert torch.equal(data.augment_captions(ids, config, PLAIN), ids)
+    varied = data.augment_captions(ids, config, replace(PLAIN, word_dropout=0.6))
     changed = varied != ids
     assert 0.27 < changed[:, 1:11].float().mean() < 0.33 and not changed[:, [0, *range(11, 16)]].any()
     assert not (varied[:, 1:11] == 60).any() and len(varied[changed].unique()) > 900
     # Uniform rates from 0 to 0.6 leave 1 caption in 6.6 whole; one rate of 0.3 would leave 1 in 35.
     assert 0.1 < 1 - changed.any(dim=1).float().mean() < 0.2
+
+
+def test_mixed_captions_are_a_beginning_and_an_end():
+    long, short = [61, 1, 2, 3, 4, 60, 60], [61, 11, 12, 60, 60, 60, 60]  # start 61, end and padding 60
+    ids = torch.tensor([long, short] * 1000, dtype=torch.int32)  # two captions of each photo
+    mixed = data.augment_captions(ids, SMALL, replace(PLAIN, texts=2, mix_captions=0.5))
+    for own, other, rows in ((long, short, mixed[::2]), (short, long, mixed[1::2])):
+        cuts = [own[:cut] + other[cut:] for cut in (1, 2, 3)]  # within the shorter caption, or at its end
+        counts = Counter(map(tuple, rows.tolist()))
+        assert counts.keys() == {tuple(row) for row in [own, *cuts]}
+        assert 450 < counts[tuple(own)] < 550 and min(counts.values()) > 130
 
 
 # --- Tokenizer, drawn worlds, the hub --------------------------------------------------------------------
@@ -1225,8 +1226,6 @@ def test_captions_keep_their_end_whatever_pads():
 
 def test_64_800_scenes_come_once_each():
     assert len(data.all_scenes(0)) == len(set(data.all_scenes(0))) == 2 * 18 * 25 * 72 == 64_800
-    few, many = (data.load_drawn({"val": 10, "train": n}, 48)["train"] for n in (5, 20))
-    assert np.array_equal(few[1], many[1][:5]) and few[2] == many[2][:5] and few[0] == many[0][:5]
 
 
 def test_flickr30k_is_downloaded_into_its_folder():
@@ -1276,14 +1275,20 @@ def test_defaults_fit_the_data_and_the_model(capsys):
     assert "(default: 8)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("epochs", [3, 5])
-def test_learning_rate_rises_then_stays_constant(epochs, few_splits, monkeypatch):
-    rates = []
-    monkeypatch.setattr(clip, "train_step", lambda *arguments: rates.append(arguments[5]) or torch.ones(()))
-    recipe = replace(PLAIN, epochs=epochs, batch_size=10, warmup=2, lr=0.5)  # 10 steps an epoch
-    clip.train(tiny_model(few_splits), few_splits[0], recipe, "run")
+def test_learning_rate_rises_and_patch_dropout_falls(few_splits, monkeypatch):
+    model, rates, dropouts = tiny_model(few_splits), [], []
+
+    def step(*arguments):
+        rates.append(arguments[5])
+        dropouts.append(model.vision_model.embeddings.patch_dropout)
+        return torch.ones(())
+
+    monkeypatch.setattr(clip, "train_step", step)
+    recipe = replace(PLAIN, epochs=3, batch_size=10, warmup=2, lr=0.5)  # 10 steps an epoch
+    clip.train(model, few_splits[0], replace(recipe, patch_dropout=0.75, unmask=1), "run")
     rising = [0.5 * (step + 1) / 20 for step in range(20)]
-    assert rates == pytest.approx(rising + [0.5] * (10 * epochs - 20))
+    assert rates == pytest.approx(rising + [0.5] * 10)
+    assert dropouts == [0.75] * 10 + [0.5] * 20
 
 
 @pytest.mark.parametrize("muon", [0, 1])
@@ -1300,6 +1305,15 @@ def test_only_matrices_of_linears_decay(muon):
         blocks = [*model.vision_model.encoder.modules(), *model.text_model.encoder.modules()]
         blocks = {id(module.weight) for module in blocks if isinstance(module, torch.nn.Linear)}
         assert {id(p) for group in optimizers[0].param_groups for p in group["params"]} == blocks
+
+
+def test_token_embeddings_have_a_learning_rate_of_their_own():
+    model = CLIP(SMALL)
+    optimizers = clip.make_optimizers(model, replace(PLAIN, embedding_lr=3))
+    clip.update_weights(model, optimizers, NO_SCALER, 0.5)
+    rates = {id(p): group["lr"] for group in optimizers[0].param_groups for p in group["params"]}
+    own = rates.pop(id(model.text_model.embeddings.token_embedding.weight))
+    assert own == 1.5 and set(rates.values()) == {0.5}
 
 
 def test_muon_is_that_of_pytorch_in_fp32(monkeypatch):
@@ -1381,7 +1395,7 @@ def test_a_run_keeps_the_average_of_its_weights(few_splits):
     with patch.object(clip, "update_ema", wraps=clip.update_ema, side_effect=keep):
         ema_model, _ = clip.train(model, few_splits[0], replace(PLAIN, epochs=2, batch_size=25), "run")
     for step, trained in enumerate(seen):
-        decay = (1 + step) / (4 + step)
+        decay = (1 + step) / (7 + step)
         average = decay * average + (1 - decay) * trained
     state = clip.load_checkpoint("run")
     assert difference(ema_model.text_projection.weight, average) < 1e-6
@@ -1405,33 +1419,25 @@ def test_a_run_leaves_weights_log_and_pictures(shapes_run, few_splits):
 # --- Stops, faults and processes -------------------------------------------------------------------------
 
 
-def test_an_interrupted_run_resumes_bit_for_bit(shapes_run, monkeypatch, capsys):
-    calls = [DEFAULT] * 9 + [KeyboardInterrupt]  # in the third epoch
+def test_an_interrupted_run_resumes_with_more_epochs(shapes_run, monkeypatch, capsys):
+    assert train_shapes(monkeypatch, "--out halves --epochs 2") == 0
+    calls = [DEFAULT, KeyboardInterrupt]  # in the third epoch
     with patch.object(clip, "update_weights", wraps=clip.update_weights, side_effect=calls):
-        assert train_shapes(monkeypatch, "--out halves") == 130
+        assert train_shapes(monkeypatch, "--out halves --resume") == 130
     assert capsys.readouterr().err.startswith("stopped: --resume")
-    assert len(clip.load_checkpoint("halves")["history"]) == 2
     assert train_shapes(monkeypatch, "--out halves --resume") == 0
+    assert "resumed   after epoch 2" in capsys.readouterr().out
     assert_same_numbers("halves", shapes_run / "runs/shapes")
 
 
-def test_two_epochs_resumed_to_three_equal_three(shapes_run, monkeypatch, capsys):
-    assert train_shapes(monkeypatch, "--out longer --epochs 2") == 0
-    assert train_shapes(monkeypatch, "--out longer --resume") == 0
-    assert "resumed   after epoch 2" in capsys.readouterr().out
-    assert_same_numbers("longer", shapes_run / "runs/shapes")
-
-
 def test_a_killed_run_resumes_bit_for_bit(shapes_run, monkeypatch):
-    """The kill comes at a random moment. KILLS=20 tries more of them."""
     script = f"import pytest, {MODULE} as tests; tests.train_shapes(pytest.MonkeyPatch(), '--resume')"
-    for _ in range(int(os.environ.get("KILLS", 1))):
-        process = subprocess.Popen([sys.executable, "-c", script], env=WITH_PATH, stdout=subprocess.DEVNULL)
-        while not Path("runs/shapes/tokenizer").exists() and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(random.random())
-        process.kill()
-        process.wait()
+    process = subprocess.Popen([sys.executable, "-c", script], env=WITH_PATH, stdout=subprocess.DEVNULL)
+    while not Path("runs/shapes/tokenizer").exists() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(random.random())  # the kill comes at a random moment
+    process.kill()
+    process.wait()
     assert train_shapes(monkeypatch, "--resume") == 0
     assert_same_numbers("runs/shapes", shapes_run / "runs/shapes")
 
@@ -1493,7 +1499,6 @@ def test_a_study_continues_what_its_folder_holds(study_folder, capsys):
     faults = {"--alpha 3": "alpha was 8.0 and is 3.0 now"}
     faults[f"--base {study_folder}"] = f"give one of {study_folder}/r16-seed0"
     faults[f"--base {study_folder}/full-seed0 {same_out}"] = "base_checksum was"
-    faults[f"--base {study_folder}/r4-seed0 {same_out}"] = "base_checksum was"
     for flags, message in faults.items():
         capsys.readouterr()
         assert adapt_to_sketches(f"--r 4 {flags}") == 2
@@ -1571,14 +1576,11 @@ def test_a_class_is_the_mean_over_templates(capsys):
     assert finetune.classify(model, tokenizer, "photos", templates) == (0, 0)
 
 
-@pytest.mark.parametrize(
-    "folder, classes, message",
-    [
-        ("photos/train", CLASSES, "photos must be in photos/CLASS, but train/a_b/.* is one level deeper"),
-        ("photos", ["cat"], "two or more folders"),
-        ("photos", ["red_fox", "Red fox"], "different classes"),
-    ],
-)
+NO_CLASSES = [("photos/train", CLASSES, "must be in photos/CLASS, but train/a_b/.* is one level deeper")]
+NO_CLASSES += [("photos", ["cat"], "two or more"), ("photos", ["red_fox", "Red fox"], "different classes")]
+
+
+@pytest.mark.parametrize("folder, classes, message", NO_CLASSES)
 def test_folders_that_are_no_classes_are_refused(folder, classes, message):
     class_folders(folder, classes)
     with pytest.raises(data.InputError, match=message):
@@ -1668,7 +1670,6 @@ PHOTO, RUN = "photos/images/3.jpg", "old/checkpoint.pt"
 BAD = (
     (None, "clip", "--data nowhere", "--data nowhere"),
     (replaced(",val", ",train"), "clip", "", "--data photos has"),
-    (lambda: Path(PHOTO).write_bytes(b"x"), "clip", "", f"{PHOTO} can't be read"),
     (lambda: os.truncate(PHOTO, 2000), "clip", "", f"{PHOTO} can't be read"),
     (lambda: Image.new("I;16", (9, 9)).save(PHOTO, "PNG"), "clip", "", f"{PHOTO} can't be read (it has more"),
     (None, "clip", "--batch-size 31", "--batch-size 31 is more than the 30 photos: give fewer"),
@@ -1786,7 +1787,6 @@ def test_the_readmes_exercises_change_a_line_that_runs(old, new):
 
 def test_the_readmes_pictures_are_there():
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)
-    assert pictures
     pictures += re.findall(r"\]\((assets/[^)]+)\)", README)
     assert {HERE / picture for picture in pictures} == set((HERE / "assets").iterdir())
     for picture in set(pictures):
