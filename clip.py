@@ -16,7 +16,7 @@ those in data.py too. The letters in the shapes of tensors:
     S x S pixels in a photo, P x P pixels in a patch           E numbers in an embedding (projection_dim)
     T tokens: a class token and patches, or subwords           C channels (hidden_size), H heads of D = C / H
 
-Inside a tower, B is the number of its inputs: B V crops, or B K captions.
+Inside a tower, B counts all of its inputs: B V crops, or B K captions.
 """
 
 import copy
@@ -95,9 +95,9 @@ PRESETS = {
 class Attention(nn.Module):
     """Multi-head attention: softmax(q k^T / sqrt(D)) v in each of H heads (Vaswani et al. 2017, eq. 1).
 
-    Queries q come from the Q tokens of x (B, Q, C), keys k and values v from context (B, T, C). These are the
-    same tokens, except in the last block, where x is one of them. The result is (B, Q, C). mask broadcasts to
-    (B, H, Q, T); where it is False, the attention weight is 0.
+    Queries q come from the Q tokens of x (B, Q, C), keys k and values v from context (B, T, C). x and context
+    are the same tokens, except in the last block, where x is one of them. The result is (B, Q, C). mask
+    broadcasts to (B, H, Q, T); where it is False, the attention weight is 0.
     """
 
     def __init__(self, config):
@@ -142,10 +142,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, x (B, T, C) to (B, T, C). Attention and MLP each read a normed copy of x
-    and add their result to x, so deep stacks train easily (Xiong et al. 2020, arXiv:2002.04745).
+    """Pre-norm transformer block, x (B, T, C) to (B, T, C). Attention and MLP each read x after a
+    LayerNorm and add their result to x, so deep stacks train easily (Xiong et al. 2020, arXiv:2002.04745).
 
-    queries: an index into (B, T), by default of all tokens. The block computes the output of these tokens
+    queries: which tokens, an index into (B, T); by default all. The block computes the output of these tokens
     alone, from the keys and values of all: Encoder needs only one output of the last block."""
 
     def __init__(self, config):
@@ -156,7 +156,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, mask=None, queries=slice(None)):
-        # Under autocast x has 16 bits (see Encoder), but LayerNorm returns fp32: cast once for q, k and v.
+        # Under autocast Encoder made x 16-bit, but LayerNorm returns fp32: cast once for q, k and v.
         normed = self.layer_norm1(x).to(x.dtype)
         x = x[queries] + self.self_attn(normed[queries], normed, mask)
         return x + self.mlp(self.layer_norm2(x))
@@ -311,8 +311,8 @@ class CLIP(nn.Module):
 
     def similarity(self, image_embeds, text_embeds):
         """Logits (B, B) of unit vectors (B, E) and (B, E): their cosines times exp(logit_scale). For stacks
-        (n, B, E) of them, it returns (n, B, B). Logits are fp32, because the scale may grow to 100, and
-        near 100 bf16 has steps of 0.5."""
+        (n, B, E), as multiview_loss has them, it returns (n, B, B). Logits are fp32, because the scale may
+        grow to 100, and near 100 bf16 has steps of 0.5."""
         with torch.autocast(image_embeds.device.type, enabled=False):
             return self.logit_scale.exp() * (image_embeds @ text_embeds.mT)
 
@@ -325,8 +325,8 @@ class CLIP(nn.Module):
 @torch.no_grad()
 def init_weights(model):
     """OpenAI's initial values (openai/CLIP, initialize_parameters). The blocks of both towers follow the
-    formulas of OpenAI's text tower, each with its own C and L, and with biases of 0. Norms and the patch
-    embedding keep PyTorch's defaults."""
+    formulas of OpenAI's text tower, each with its own C and number of layers L, and with biases of 0. Norms
+    and the patch embedding keep PyTorch's defaults."""
     for tower, config in ((model.vision_model, model.config.vision), (model.text_model, model.config.text)):
         C, L = config.hidden_size, config.num_hidden_layers
         std = {"q_proj": C**-0.5, "k_proj": C**-0.5, "v_proj": C**-0.5, "fc1": (2 * C) ** -0.5}
@@ -378,7 +378,7 @@ def contrastive_loss(logits_per_image):
 
 def rank_of_best_match(queries, answers, query_index, answer_index):
     """Rank (Q,) of the best correct answer of each query: the number of wrong answers that are at least as
-    similar as it, so ties count against the model.
+    similar, so ties count against the model.
 
     queries (Q, E) and answers (A, E) are embeddings. query_index (Q,) and answer_index (A,) say to which
     photo each belongs: an answer is correct if it belongs to the query's photo."""
@@ -464,16 +464,16 @@ class Recipe:
     lr: float = data.setting(7e-4, 0, 1e3, "learning rate after the warm-up")
     warmup: float = data.setting(2.0, 0, 1e6, "epochs in which the learning rate rises from 0")
     weight_decay: float = data.setting(1.0, 0, 1e3, "weight decay of Linears' matrices; few photos need much")
-    # The recipe for few photos, which has its own section below.
+    # The recipe for few photos: see the section of this name, and augmentation in data.py.
     muon: int = data.setting(1, 0, 1, "1: Muon for the matrices of the blocks, 0: AdamW for everything")
-    embedding_lr: float = data.setting(3.0, 0, 1e3, "the token embeddings' learning rate, divided by --lr")
+    embedding_lr: float = data.setting(3.0, 0, 1e3, "learning rate of token embeddings, in multiples of --lr")
     views: int = data.setting(4, 1, 100, "random crops of each photo in a step")
     crop_scale: float = data.setting(0.1, 0.01, 1, "smallest fraction of a photo's area that a crop shows")
-    color_jitter: float = data.setting(0.8, 0, 1, "largest change of brightness, contrast and saturation")
+    color_jitter: float = data.setting(0.8, 0, 1, "largest change of colors; 0: no grey or solarized crops")
     patch_dropout: float = data.setting(0.75, 0, 0.99, "fraction of the patches that training leaves out")
-    unmask: int = data.setting(40, 0, 1e6, "after this many epochs, twice as many patches remain")
+    unmask: int = data.setting(40, 0, 1e6, "after this many epochs twice as many patches remain, or all")
     texts: int = data.setting(4, 1, 100, "captions of each photo in a step")
-    mix_captions: float = data.setting(0.5, 0, 1, "fraction of the captions that get the end of another one")
+    mix_captions: float = data.setting(0.5, 0, 1, "fraction of the captions that get the end of another")
     word_dropout: float = data.setting(0.9, 0, 1, "largest fraction of a caption that random words replace")
     # Large batches and random numbers.
     micro_batch: int = data.setting(0, 0, 1e6, "photos that a GPU encodes at once, to save memory; 0 is all")
@@ -483,7 +483,7 @@ class Recipe:
         data.check_settings(self)
 
 
-# Plain CLIP, without the recipe for few photos, is what finetune.py trains with. Drawn scenes add Muon.
+# finetune.py trains with plain CLIP and the moving average of the weights. Drawn scenes add Muon.
 PLAIN = dict(muon=0, embedding_lr=1.0, views=1, crop_scale=0.4, color_jitter=0.0, patch_dropout=0.0)
 PLAIN |= dict(texts=1, mix_captions=0.0, word_dropout=0.0)
 DRAWN_RECIPE = Recipe(**(PLAIN | dict(epochs=8, warmup=0.5, weight_decay=0.3, muon=1)))
@@ -496,7 +496,7 @@ def make_optimizers(model, recipe):
     """[AdamW] with OpenAI's betas. With recipe.muon, [Muon, AdamW]: Muon updates the matrices of the blocks.
 
     Weight decay pulls towards zero. That is a sensible prior for the matrices of Linears and of LoRA, but not
-    for norms, biases, the logit scale and, unlike in the paper, embeddings, that of patches included."""
+    for norms, biases, the logit scale and, unlike in the paper, the embeddings of tokens and patches."""
     block_matrices, matrices, embeddings, others = [], [], [], []
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -511,7 +511,7 @@ def make_optimizers(model, recipe):
             others.append(p)
     lr, decay = recipe.lr, recipe.weight_decay
     groups = [{"params": matrices, "weight_decay": decay}, {"params": others}]
-    # Most tokens are rare, so their embeddings get few updates.
+    # Captions have few words often and most words rarely: larger steps help their embeddings.
     groups.append({"params": embeddings, "lr_scale": recipe.embedding_lr})
     adamw = torch.optim.AdamW(groups, lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0, fused=True)
     return [Muon(block_matrices, lr, decay), adamw] if block_matrices else [adamw]
@@ -546,12 +546,12 @@ def train_step(model, optimizers, scaler, pixels, ids, lr):
 
 
 def update_weights(model, optimizers, scaler, lr):
-    """Clip gradients, set the learning rate, step, clamp the logit scale."""
+    """Clip gradients, set the learning rate of each group, step, clamp the logit scale."""
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # one odd batch can't throw the model far
-    # If fp16 gradients overflow, the norm is infinite, and clipping makes all finite gradients 0. scaler.step
-    # skips an optimizer only if its own gradients overflow, and the other would step with zeros: skip both.
+    # If fp16 gradients overflow, the norm is infinite, and clipping by it makes all finite gradients 0.
+    # scaler.step skips only an optimizer whose own gradients overflow. We skip both.
     overflow = scaler.is_enabled() and not norm.isfinite()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -593,10 +593,9 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
     model.train()
     last_save, seconds_to_save = time.perf_counter(), 0.0
     for epoch in range(len(history), recipe.epochs):
-        # A trained model sees all patches, so the last epochs leave out fewer (FLIP's unmasked tuning).
-        dropout = recipe.patch_dropout
-        dropout = dropout if epoch < recipe.unmask else max(0.0, 2 * dropout - 1)
-        model.vision_model.embeddings.patch_dropout = dropout
+        # In use the model sees all patches, so later epochs leave out fewer (FLIP's unmasked tuning).
+        kept = (1 - recipe.patch_dropout) * (1 if epoch < recipe.unmask else 2)
+        model.vision_model.embeddings.patch_dropout = max(0.0, 1 - kept)
         start, total = time.perf_counter(), 0.0
         pairs = split.pairs(recipe.seed, epoch, recipe.texts)  # (N, 1 + K), in another order each epoch
         for i, batch in enumerate(pairs[: steps_per_epoch * B].split(B)):
@@ -608,7 +607,7 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
                 torch.compiler.cudagraph_mark_step_begin()
             part = batch.chunk(WORLD_SIZE)[RANK]  # that of this process; with one GPU, all of it
             pixels, ids = make_batch(split, part, model, recipe)
-            # Constant after the warm-up. It need not decay, since update_ema averages out the noise of steps.
+            # The rate need not decay after the warm-up, since update_ema averages out the noise of steps.
             lr = recipe.lr * min(1, (step + 1) / max(1, recipe.warmup * steps_per_epoch))
             if is_simple:
                 loss = train_step(model, optimizers, scaler, pixels, ids, lr)
@@ -709,14 +708,14 @@ def resume_run(run_dir, settings, model, ema_model, optimizers):
 # --- The recipe for few photos ---------------------------------------------------------------------------
 # A ViT-B/16 with the plain recipe learns the 6,000 photos of Flickr8k by heart. What helps is another
 # initialisation of attention, an optimizer that learns rare directions too, several varied crops and captions
-# of each photo, and the moving average of the weights, which all recipes have. The README has ablations.
+# of each photo, and the moving average of the weights. The README says what most of these bring.
 
 
 @torch.no_grad()
 def init_mimetic(model):
     """Set k_proj to q_proj: a token attends to tokens like itself. Set out_proj to -v_proj^T / sqrt(2 L). As
     v_proj^T v_proj is on average the identity (entries of v_proj have a variance of 1 / C), a block then
-    subtracts that fraction of the mean of those tokens. Large trained models look like this, but few photos
+    subtracts 1 / sqrt(2 L) of the mean of similar tokens. Large trained models look like this, but few photos
     don't teach it. It simplifies mimetic initialisation (Trockman & Kolter 2023, arXiv:2305.09828)."""
     for tower in (model.vision_model, model.text_model):
         for block in tower.encoder.layers:
@@ -768,7 +767,7 @@ class Muon(torch.optim.Optimizer):
             buffer = state["momentum_buffer"].lerp_(gradients, 1 - momentum)
             updates = orthogonalize(gradients.lerp(buffer, momentum)).float()
             torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
-            # Scale the updates to a root mean square of 0.2, as AdamW's usually have. That of an
+            # Scale the updates to a root mean square of 0.2, as AdamW's updates usually have. That of an
             # orthogonal matrix is 1 / sqrt(longer side).
             torch._foreach_add_(matrices, updates.unbind(), alpha=-lr * 0.2 * max(matrices[0].shape) ** 0.5)
 
@@ -776,7 +775,7 @@ class Muon(torch.optim.Optimizer):
 def multiview_loss(model, image_embeds, text_embeds):
     """loss = photo-caption + crop-crop + caption-caption, for V crops (B, V, E) and K captions (B, K, E) of
     each photo. Each term is the mean of contrastive_loss over all such pairs. Returns (loss, photo-caption),
-    which are equal if V = K = 1. Crops as positives of each other: SLIP (arXiv:2112.12750)."""
+    which are equal if V = K = 1. Crops find other crops of their photo as in SLIP (arXiv:2112.12750)."""
 
     def mean_loss(pairs):
         a, b = zip(*pairs)  # n pairs of (B, E)
@@ -795,7 +794,7 @@ def multiview_loss(model, image_embeds, text_embeds):
 @torch.no_grad()
 def update_ema(ema_model, model, step):
     """ema = ema + (weights - ema) 6 / (7 + step): a moving average, which removes the noise of single steps.
-    The factor falls as the run grows, so that the mean age of what it averages is a seventh of the run."""
+    The factor falls as the run grows, so the mean age of what it averages is a seventh of the run so far."""
     averages = [p for p in ema_model.parameters() if p.requires_grad]
     weights = [p for p in model.parameters() if p.requires_grad]
     torch._foreach_lerp_(averages, weights, 6 / (7 + step))

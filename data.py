@@ -131,8 +131,8 @@ def normalize(photos):
 
 def color_jitter(pixels, strength, grey=0.2, solarized=0.2):
     """Pixels (B, 3, S, S) from 0 to 1 with brightness, contrast and saturation multiplied by random factors
-    from 1 - strength to 1 + strength. A fraction `grey` becomes grey (SimCLR, arXiv:2002.05709). A fraction
-    `solarized` has the values above 0.5 inverted (BYOL, arXiv:2006.07733)."""
+    from 1 - strength to 1 + strength. Whatever the strength, a fraction `grey` becomes grey (SimCLR,
+    arXiv:2002.05709), and a fraction `solarized` has values above 0.5 inverted (BYOL, arXiv:2006.07733)."""
     B, device = len(pixels), pixels.device
     factors = torch.empty(3, B, 1, 1, 1, device=device).uniform_(1 - strength, 1 + strength)
     brightness, contrast, saturation = factors  # (B, 1, 1, 1) each
@@ -180,19 +180,18 @@ def augment(photos, size, recipe):
 
 
 def augment_captions(ids, config, recipe):
-    """Augment token ids (B K, T), those of K captions of each photo. A fraction recipe.mix_captions of them
-    get the end of another caption of the same photo. Both are cut at the same, random token:
+    """Augment the token ids (B K, T) of K captions of each photo. A fraction recipe.mix_captions of them get
+    the end of another caption of the photo. Both captions are cut after the same random number of tokens:
 
-        a brown dog | runs over grass
-        a wet dog | beside a puddle         becomes     a wet dog | runs over grass
+        another     a brown dog | runs over grass
+        caption     a wet dog   | beside a puddle
+        mixed       a wet dog   | runs over grass
 
-    Then random tokens replace some. Their fraction is drawn for each caption, from 0 to recipe.word_dropout,
+    Then random tokens replace words. Their fraction is drawn for each caption, from 0 to recipe.word_dropout,
     so that the model also reads captions that are nearly whole. Start, end and padding stay."""
     end, device = config.eos_token_id, ids.device
     other = ids.unflatten(0, (-1, recipe.texts)).roll(1, dims=1).flatten(0, 1)
-    lengths = [
-        (x == end).int().argmax(dim=1, keepdim=True) for x in (ids, other)
-    ]  # (B K, 1), without the end
+    lengths = [(x == end).int().argmax(dim=1, keepdim=True) for x in (ids, other)]  # (B K, 1): where end is
     cut = 1 + (torch.rand(len(ids), 1, device=device) * torch.minimum(*lengths)).long()
     is_mixed = torch.rand(len(ids), 1, device=device) < recipe.mix_captions
     ids = torch.where(is_mixed & (torch.arange(ids.shape[1], device=device) >= cut), other, ids)
@@ -600,6 +599,7 @@ def load_tokenizer(name):
 def tokenize(tokenizer, captions, context=77):
     """Captions to int32 ids (len(captions), context), padded with the end token. Longer captions are cut, but
     keep their end token, at which the model reads a caption (openai/CLIP #212)."""
+    "".join(captions).encode()  # UnicodeError if one comes from bytes that are not UTF-8
     ids = torch.full((len(captions), context), tokenizer.eos_token_id, dtype=torch.int32)
     for i, row in enumerate(tokenizer(captions, truncation=True, max_length=context)["input_ids"]):
         ids[i, : len(row)] = torch.tensor(row)
@@ -768,7 +768,7 @@ def run_command(argv, parse_args, run):
     try:
         run(parse_args(argv))
         return 0
-    except (InputError, OSError) as error:
+    except (InputError, OSError, UnicodeError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:

@@ -1286,8 +1286,7 @@ def test_learning_rate_rises_and_patch_dropout_falls(few_splits, monkeypatch):
     monkeypatch.setattr(clip, "train_step", step)
     recipe = replace(PLAIN, epochs=3, batch_size=10, warmup=2, lr=0.5)  # 10 steps an epoch
     clip.train(model, few_splits[0], replace(recipe, patch_dropout=0.75, unmask=1), "run")
-    rising = [0.5 * (step + 1) / 20 for step in range(20)]
-    assert rates == pytest.approx(rising + [0.5] * 10)
+    assert rates == pytest.approx([0.5 * (step + 1) / 20 for step in range(20)] + [0.5] * 10)
     assert dropouts == [0.75] * 10 + [0.5] * 20
 
 
@@ -1691,6 +1690,7 @@ BAD = (
     (None, "finetune", "--base old --alpha 0", "--alpha must be more than 0"),
     (None, "finetune", "--base old --targets query", "no Linear is named 'query'"),
     (None, "finetune", "--base old --classify nowhere", "no photos below nowhere"),
+    (None, "finetune", "--base old --search photos \udce4", "surrogates not allowed"),
 )
 
 
