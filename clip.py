@@ -469,7 +469,7 @@ class Recipe:
     embedding_lr: float = data.setting(3.0, 0, 1e3, "learning rate of token embeddings, in multiples of --lr")
     views: int = data.setting(4, 1, 100, "random crops of each photo in a step")
     crop_scale: float = data.setting(0.1, 0.01, 1, "smallest fraction of a photo's area that a crop shows")
-    color_jitter: float = data.setting(0.8, 0, 1, "largest change of colors; 0: no grey or solarized crops")
+    color_jitter: float = data.setting(0.8, 0, 1, "largest change of colours; 0: no grey or solarized crops")
     patch_dropout: float = data.setting(0.75, 0, 0.99, "fraction of the patches that training leaves out")
     unmask: int = data.setting(40, 0, 1e6, "after this many epochs twice as many patches remain, or all")
     texts: int = data.setting(4, 1, 100, "captions of each photo in a step")
