@@ -466,7 +466,6 @@ class Recipe:
     weight_decay: float = data.setting(1.0, 0, 1e3, "weight decay of Linears' matrices; few photos need much")
     # The recipe for few photos: see the section of this name, and augmentation in data.py.
     muon: int = data.setting(1, 0, 1, "1: Muon for the matrices of the blocks, 0: AdamW for everything")
-    embedding_lr: float = data.setting(3.0, 0, 1e3, "learning rate of token embeddings, in multiples of --lr")
     views: int = data.setting(4, 1, 100, "random crops of each photo in a step")
     crop_scale: float = data.setting(0.1, 0.01, 1, "smallest fraction of a photo's area that a crop shows")
     color_jitter: float = data.setting(0.8, 0, 1, "largest change of colours; 0: no grey or solarized crops")
@@ -484,7 +483,7 @@ class Recipe:
 
 
 # finetune.py trains with plain CLIP and the moving average of the weights. Drawn scenes add Muon.
-PLAIN = dict(muon=0, embedding_lr=1.0, views=1, crop_scale=0.4, color_jitter=0.0, patch_dropout=0.0)
+PLAIN = dict(muon=0, views=1, crop_scale=0.4, color_jitter=0.0, patch_dropout=0.0)
 PLAIN |= dict(texts=1, mix_captions=0.0, word_dropout=0.0)
 DRAWN_RECIPE = Recipe(**(PLAIN | dict(epochs=8, warmup=0.5, weight_decay=0.3, muon=1)))
 # In 16 epochs the tiny model does not learn photos by heart, so on photos it has weaker augmentation.
@@ -497,7 +496,7 @@ def make_optimizers(model, recipe):
 
     Weight decay pulls towards zero. That is a sensible prior for the matrices of Linears and of LoRA, but not
     for norms, biases, the logit scale and, unlike in the paper, the embeddings of tokens and patches."""
-    block_matrices, matrices, embeddings, others = [], [], [], []
+    block_matrices, matrices, others = [], [], []
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
@@ -505,15 +504,11 @@ def make_optimizers(model, recipe):
             block_matrices.append(p)
         elif p.ndim >= 2 and "embedding" not in name:
             matrices.append(p)
-        elif "token_embedding" in name:
-            embeddings.append(p)
         else:
             others.append(p)
     lr, decay = recipe.lr, recipe.weight_decay
-    groups = [{"params": matrices, "weight_decay": decay}, {"params": others}]
-    # Captions have few words often and most words rarely: larger steps help their embeddings.
-    groups.append({"params": embeddings, "lr_scale": recipe.embedding_lr})
-    adamw = torch.optim.AdamW(groups, lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0, fused=True)
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
     return [Muon(block_matrices, lr, decay), adamw] if block_matrices else [adamw]
 
 
@@ -546,7 +541,7 @@ def train_step(model, optimizers, scaler, pixels, ids, lr):
 
 
 def update_weights(model, optimizers, scaler, lr):
-    """Clip gradients, set the learning rate of each group, step, clamp the logit scale."""
+    """Clip gradients, set the learning rate, step, clamp the logit scale."""
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # one odd batch can't throw the model far
@@ -555,7 +550,7 @@ def update_weights(model, optimizers, scaler, lr):
     overflow = scaler.is_enabled() and not norm.isfinite()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
+            group["lr"] = lr
         if not overflow:
             scaler.step(optimizer)
         optimizer.zero_grad()

@@ -390,6 +390,12 @@ def test_ties_and_nan_count_as_misses():
         alike = torch.full((40, 3), value), torch.full((200, 3), value)
         assert recall_at_k(*alike, FIVE_EACH) == recall(nothing, nothing)
 
+    # A caption of NaN finds nothing. For every photo it comes before all others.
+    texts = torch.eye(40)[FIVE_EACH]
+    texts[5] = torch.nan
+    found = recall_at_k(torch.eye(40), texts, FIVE_EACH, ks=(1, 2))
+    assert found == recall({1: 199 / 200, 2: 199 / 200}, {1: 0, 2: 39 / 40})
+
 
 # --- Starting values, padding, patch dropout -------------------------------------------------------------
 
@@ -618,6 +624,7 @@ BAD_FOLDERS = {
     "mean": (lambda: process(image_mean=[0.5] * 3), "preprocessor_config.json: image_mean is"),
     "weight missing": (remove_weight, "missing or unexpected weight visual_projection.weight"),
     "cut": (lambda: os.truncate("base/model.safetensors", 5000), "can't read the weights of base"),
+    "no weights": (lambda: os.remove("base/model.safetensors"), "no file named model.safetensors"),
     "nothing": (lambda: os.remove("base/config.json"), "no CLIP in base"),
 }
 
@@ -1306,15 +1313,6 @@ def test_only_matrices_of_linears_decay(muon):
         assert {id(p) for group in optimizers[0].param_groups for p in group["params"]} == blocks
 
 
-def test_token_embeddings_have_a_learning_rate_of_their_own():
-    model = CLIP(SMALL)
-    optimizers = clip.make_optimizers(model, replace(PLAIN, embedding_lr=3))
-    clip.update_weights(model, optimizers, NO_SCALER, 0.5)
-    rates = {id(p): group["lr"] for group in optimizers[0].param_groups for p in group["params"]}
-    own = rates.pop(id(model.text_model.embeddings.token_embedding.weight))
-    assert own == 1.5 and set(rates.values()) == {0.5}
-
-
 def test_muon_is_that_of_pytorch_in_fp32(monkeypatch):
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in [(8, 8), (24, 8), (8, 24), (8, 8)]]
     theirs, steps = copy.deepcopy(ours), torch.randn(5, 4, 24, 24)
@@ -1498,6 +1496,7 @@ def test_a_study_continues_what_its_folder_holds(study_folder, capsys):
     faults = {"--alpha 3": "alpha was 8.0 and is 3.0 now"}
     faults[f"--base {study_folder}"] = f"give one of {study_folder}/r16-seed0"
     faults[f"--base {study_folder}/full-seed0 {same_out}"] = "base_checksum was"
+    faults[f"--base {study_folder}/r4-seed0 {same_out}"] = "base_checksum was"
     for flags, message in faults.items():
         capsys.readouterr()
         assert adapt_to_sketches(f"--r 4 {flags}") == 2
@@ -1669,6 +1668,7 @@ PHOTO, RUN = "photos/images/3.jpg", "old/checkpoint.pt"
 BAD = (
     (None, "clip", "--data nowhere", "--data nowhere"),
     (replaced(",val", ",train"), "clip", "", "--data photos has"),
+    (lambda: Path(PHOTO).write_bytes(b"x"), "clip", "", f"{PHOTO} can't be read"),
     (lambda: os.truncate(PHOTO, 2000), "clip", "", f"{PHOTO} can't be read"),
     (lambda: Image.new("I;16", (9, 9)).save(PHOTO, "PNG"), "clip", "", f"{PHOTO} can't be read (it has more"),
     (None, "clip", "--batch-size 31", "--batch-size 31 is more than the 30 photos: give fewer"),
