@@ -686,11 +686,12 @@ def resume_run(run_dir, settings, model, ema_model, optimizers):
     state = load_checkpoint(run_dir)
     if state["data"] != settings["data"]:
         raise data.InputError(f"{run_dir} can't be resumed: the photos, captions or tokenizer differ")
-    before, done = asdict(state["config"]) | state["recipe"], len(state["history"])
-    for name, value in (settings["config"] | settings["recipe"]).items():
-        may_differ = name == "micro_batch" or (name == "epochs" and value >= done)
-        if before.get(name) != value and not may_differ:
-            difference = f"{name} was {before.get(name)} and is {value} now"
+    before, now = asdict(state["config"]) | state["recipe"], settings["config"] | settings["recipe"]
+    done = len(state["history"])
+    for name in before | now:
+        may_differ = name == "micro_batch" or (name == "epochs" and now[name] >= done)
+        if before.get(name) != now.get(name) and not may_differ:
+            difference = f"{name} was {before.get(name)} and is {now.get(name)} now"
             raise data.InputError(f"{run_dir} can't be resumed: {difference}. Give another --out")
     model.load_state_dict(state["model"], strict=False)  # a checkpoint has only the weights that are trained
     ema_model.load_state_dict(state["ema_model"], strict=False)
