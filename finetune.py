@@ -165,7 +165,7 @@ def save_pretrained(model, folder):
 
 @dataclass
 class LoRARecipe(Recipe):
-    """How to adapt: a Recipe, and the settings of the adapters."""
+    """A Recipe and the settings of adapters. Start from RECIPE below: the defaults are those of clip.py."""
 
     dropout: float = setting(0.1, 0, 0.99, "dropout of the adapters' input")
     r: int = 64  # 0 trains all weights
@@ -400,7 +400,7 @@ def run(args):
     recipes, device = recipes_of(args), clip.open_device(args.device)
     base = from_pretrained(args.base, args.tokenizer).to(device)
     tokenizer = tokenizer_of(base)
-    if args.classify:
+    if args.classify is not None:
         classify(base, tokenizer, args.classify)
     elif args.search:
         for photo, cosine in search(base, tokenizer, *args.search):
