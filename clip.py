@@ -495,7 +495,7 @@ def make_optimizers(model, recipe):
     """[AdamW] with OpenAI's betas. With recipe.muon, [Muon, AdamW]: Muon updates the matrices of the blocks.
 
     Weight decay pulls towards zero. That is a sensible prior for the matrices of Linears and of LoRA, but not
-    for norms, biases, the logit scale and, unlike in the paper, the embeddings of tokens and patches."""
+    for norms, biases, the logit scale and, unlike in the paper, all embeddings."""
     block_matrices, matrices, others = [], [], []
     for name, p in model.named_parameters():
         if not p.requires_grad:

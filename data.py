@@ -191,8 +191,8 @@ def augment_captions(ids, config, recipe):
     so that the model also reads captions that are nearly whole. Start, end and padding stay."""
     end, device = config.eos_token_id, ids.device
     other = ids.unflatten(0, (-1, recipe.texts)).roll(1, dims=1).flatten(0, 1)
-    lengths = [(x == end).int().argmax(dim=1, keepdim=True) for x in (ids, other)]  # (B K, 1): where end is
-    cut = 1 + (torch.rand(len(ids), 1, device=device) * torch.minimum(*lengths)).long()
+    ends = [(x == end).int().argmax(dim=1, keepdim=True) for x in (ids, other)]  # (B K, 1): where end is
+    cut = 1 + (torch.rand(len(ids), 1, device=device) * torch.minimum(*ends)).long()
     is_mixed = torch.rand(len(ids), 1, device=device) < recipe.mix_captions
     ids = torch.where(is_mixed & (torch.arange(ids.shape[1], device=device) >= cut), other, ids)
 

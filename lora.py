@@ -79,10 +79,10 @@ def adapters(model):
 
 def checksum(model):
     """A number that depends on all weights of a model. An adapter fits only the weights it was trained on."""
-    checksum = 0
+    number = 0
     for weight in model.state_dict().values():
-        checksum = zlib.crc32(weight.cpu().numpy().tobytes(), checksum)
-    return checksum
+        number = zlib.crc32(weight.cpu().numpy().tobytes(), number)
+    return number
 
 
 def linears_of(model):
