@@ -179,27 +179,15 @@ def augment(photos, size, recipe):
     return normalize(color_jitter(crops, recipe.color_jitter) if recipe.color_jitter else crops)
 
 
-def augment_captions(ids, config, recipe):
-    """Augment the token ids (B K, T) of K captions of each photo. A fraction recipe.mix_captions of them get
-    the end of another caption of the photo. Both captions are cut after the same random number of tokens:
-
-        another     a brown dog | runs over grass
-        caption     a wet dog   | beside a puddle
-        mixed       a wet dog   | runs over grass
-
-    Then random tokens replace words. Their fraction is drawn for each caption, from 0 to recipe.word_dropout,
-    so that the model also reads captions that are nearly whole. Start, end and padding stay."""
-    end, device = config.eos_token_id, ids.device
-    other = ids.unflatten(0, (-1, recipe.texts)).roll(1, dims=1).flatten(0, 1)
-    ends = [(x == end).int().argmax(dim=1, keepdim=True) for x in (ids, other)]  # (B K, 1): where end is
-    cut = 1 + (torch.rand(len(ids), 1, device=device) * torch.minimum(*ends)).long()
-    is_mixed = torch.rand(len(ids), 1, device=device) < recipe.mix_captions
-    ids = torch.where(is_mixed & (torch.arange(ids.shape[1], device=device) >= cut), other, ids)
-
+def augment_captions(ids, config, word_dropout):
+    """Replace tokens in ids (n, T) by random ones. Start, end and padding stay. The fraction is drawn for
+    each caption, from 0 to word_dropout, so that the model also reads captions that are nearly whole."""
+    if not word_dropout:
+        return ids
     words = torch.randint_like(ids, config.vocab_size - 1)
-    words += words >= end  # any token but the end token
-    fraction = recipe.word_dropout * torch.rand(len(ids), 1, device=device)
-    replaced = (torch.rand(ids.shape, device=device) < fraction) & (ids != end)
+    words += words >= config.eos_token_id  # any token but the end token
+    fraction = word_dropout * torch.rand(len(ids), 1, device=ids.device)
+    replaced = (torch.rand(ids.shape, device=ids.device) < fraction) & (ids != config.eos_token_id)
     replaced[:, 0] = False  # the start token
     return torch.where(replaced, words, ids)
 
