@@ -459,7 +459,7 @@ class Recipe:
     that we had. Every setting is a flag. A value out of range raises InputError."""
 
     # Each setting has its default, its least and largest value, and its help text.
-    epochs: int = data.setting(50, 1, 1e6, "epochs; the last incomplete batch of each is dropped")
+    epochs: int = data.setting(40, 1, 1e6, "epochs; the last incomplete batch of each is dropped")
     batch_size: int = data.setting(128, 2, 1e6, "photos in a step, on all GPUs together")
     lr: float = data.setting(7e-4, 0, 1e3, "learning rate after the warm-up")
     warmup: float = data.setting(2.0, 0, 1e6, "epochs in which the learning rate rises from 0")

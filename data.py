@@ -743,6 +743,8 @@ class Parser(argparse.ArgumentParser):
     def first_look(self, argv):
         """The flags, for defaults that depend on them. The second parse, which has these, shows --help."""
         argv = sys.argv[1:] if argv is None else argv
+        if "" in argv:
+            self.error("an argument is empty, perhaps from a shell variable without a value")
         return self.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]
 
     def error(self, message):

@@ -400,7 +400,7 @@ def run(args):
     recipes, device = recipes_of(args), clip.open_device(args.device)
     base = from_pretrained(args.base, args.tokenizer).to(device)
     tokenizer = tokenizer_of(base)
-    if args.classify is not None:
+    if args.classify:
         classify(base, tokenizer, args.classify)
     elif args.search:
         for photo, cosine in search(base, tokenizer, *args.search):

@@ -17,6 +17,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -1679,6 +1680,7 @@ BAD = (
     (MOVED, "clip", OLD, "captions or tokenizer differ"),
     (with_the_config_of_another_version, "clip", OLD, "or of another version"),
     (lambda: os.pwrite(os.open(RUN, os.O_RDWR), b"wrong", 20_000), "finetune", "--base old", "damaged"),
+    (None, "clip", "--out ''", "an argument is empty"),
     (None, "finetune", "--base nowhere", "no CLIP in nowhere"),
     (None, "finetune", "--base old --r 0", "--r and --seeds must be at least 1"),
     (None, "finetune", "--base old --alpha 0", "--alpha must be more than 0"),
@@ -1700,7 +1702,7 @@ def test_bad_input_is_one_line(change, command, flags, message, album_run, capsy
         change()
     start, given = contents(), "--data photos --out new --batch-size 10 --device cpu"
     given += " --model tiny --tokenizer train" if command == "clip" else ""
-    assert importlib.import_module(command).main(f"{given} {flags}".split()) == 2
+    assert importlib.import_module(command).main(shlex.split(f"{given} {flags}")) == 2
     assert_one_error(capsys, message)
     assert contents() == start
 
