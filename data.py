@@ -370,8 +370,12 @@ ENDINGS = ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".t
 
 def files_below(folder):
     """Files at any depth of a folder, in order, without hidden ones and macOS's __MACOSX."""
+
+    def fail(error):  # os.walk would leave out a folder that it can't read
+        raise InputError(f"can't read the folder {error.filename} ({error.strerror})") from error
+
     seen = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
         if os.path.realpath(parent) in seen:  # reached before, by a symbolic link
             folders.clear()

@@ -1685,7 +1685,8 @@ BAD = (
     (None, "finetune", "--base old --r 0", "--r and --seeds must be at least 1"),
     (None, "finetune", "--base old --alpha 0", "--alpha must be more than 0"),
     (None, "finetune", "--base old --targets query", "no Linear is named 'query'"),
-    (None, "finetune", "--base old --classify nowhere", "no photos below nowhere"),
+    (None, "finetune", "--base old --classify nowhere", "can't read the folder nowhere"),
+    (lambda: os.mkdir("new"), "finetune", "--base old --search new dog", "no photos below new"),
     (None, "finetune", "--base old --search photos \udce4", "surrogates not allowed"),
 )
 
