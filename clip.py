@@ -470,9 +470,9 @@ class Recipe:
     crop_scale: float = data.setting(0.1, 0.01, 1, "smallest fraction of a photo's area that a crop shows")
     color_jitter: float = data.setting(0.8, 0, 1, "largest change of colours; 0: no grey or solarized crops")
     patch_dropout: float = data.setting(0.75, 0, 0.99, "fraction of the patches that training leaves out")
-    unmask: int = data.setting(30, 0, 1e6, "after this many epochs twice as many patches remain, or all")
+    unmask: int = data.setting(30, 0, 1e6, "epochs after which twice as many patches remain, or all")
     texts: int = data.setting(4, 1, 100, "captions of each photo in a step")
-    word_dropout: float = data.setting(0.9, 0, 1, "largest fraction of a caption that random words replace")
+    word_dropout: float = data.setting(0.9, 0, 1, "largest probability that a random word replaces a word")
     # Large batches and random numbers.
     micro_batch: int = data.setting(0, 0, 1e6, "photos that a GPU encodes at once, to save memory; 0 is all")
     seed: int = data.setting(0, 0, 1e6, "seed of weights, batches and augmentation")
@@ -586,7 +586,7 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
     model.train()
     last_save, seconds_to_save = time.perf_counter(), 0.0
     for epoch in range(len(history), recipe.epochs):
-        # In use the model sees all patches, so later epochs leave out fewer (FLIP's unmasked tuning).
+        # In use the model sees all patches, so later epochs leave out fewer, as in FLIP's unmasked tuning.
         kept = (1 - recipe.patch_dropout) * (1 if epoch < recipe.unmask else 2)
         model.vision_model.embeddings.patch_dropout = max(0.0, 1 - kept)
         start, total = time.perf_counter(), 0.0
@@ -683,7 +683,7 @@ def resume_run(run_dir, settings, model, ema_model, optimizers):
         return []
     state = load_checkpoint(run_dir)
     if state["data"] != settings["data"]:
-        raise data.InputError(f"{run_dir} can't be resumed: the photos, captions or tokenizer differ")
+        raise data.InputError(f"{run_dir}: the photos, captions or tokenizer differ. Give another --out")
     before, now = asdict(state["config"]) | state["recipe"], settings["config"] | settings["recipe"]
     done = len(state["history"])
     for name in before | now:
@@ -720,8 +720,8 @@ def init_mimetic(model):
 
 
 def orthogonalize(x):
-    """Return the matrices x (n, rows, columns) with all singular values near 1, by five Newton-Schulz steps
-    with coefficients for fast convergence (Jordan 2024, kellerjordan.github.io/posts/muon)."""
+    """Return the matrices x (n, rows, columns) with singular values near 1 (tiny ones stay smaller), by five
+    Newton-Schulz steps with fast coefficients (Jordan 2024, kellerjordan.github.io/posts/muon)."""
     if x.shape[1] > x.shape[2]:  # so that gram is as small as possible
         return orthogonalize(x.mT).mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values must be at most 1
@@ -729,7 +729,7 @@ def orthogonalize(x):
     for _ in range(5):
         gram = x @ x.mT  # (n, rows, rows)
         # x = (3.4445 I - 4.7750 gram + 2.0315 gram gram) x. So each singular value s of x becomes
-        # 3.4445 s - 4.7750 s^3 + 2.0315 s^5, and five times this brings values from 0 to 1 near 1.
+        # 3.4445 s - 4.7750 s^3 + 2.0315 s^5, and five times this brings all but tiny values near 1.
         factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         factor.diagonal(dim1=1, dim2=2).add_(3.4445)
         x = factor @ x
@@ -856,6 +856,7 @@ def open_device(name):
     GPU of LOCAL_RANK. InputError if the device can't be used."""
     try:
         device = torch.zeros(1, device=name).device  # with an index, as in "cuda:0"
+        torch.zeros(1, device=device).item()  # fails for "meta", a device without numbers
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without CUDA
         raise data.InputError(f"--device {name} can't be used here: use cpu, cuda:N or mps") from error
     if device.type == "cuda":

@@ -131,8 +131,8 @@ def normalize(photos):
 
 def color_jitter(pixels, strength, grey=0.2, solarized=0.2):
     """Pixels (B, 3, S, S) from 0 to 1 with brightness, contrast and saturation multiplied by random factors
-    from 1 - strength to 1 + strength. Whatever the strength, a fraction `grey` becomes grey (SimCLR,
-    arXiv:2002.05709), and a fraction `solarized` has values above 0.5 inverted (BYOL, arXiv:2006.07733)."""
+    from 1 - strength to 1 + strength. A fraction `grey` becomes grey (SimCLR, arXiv:2002.05709), and a
+    fraction `solarized` has values above 0.5 inverted (BYOL, arXiv:2006.07733)."""
     B, device = len(pixels), pixels.device
     factors = torch.empty(3, B, 1, 1, 1, device=device).uniform_(1 - strength, 1 + strength)
     brightness, contrast, saturation = factors  # (B, 1, 1, 1) each
@@ -180,14 +180,14 @@ def augment(photos, size, recipe):
 
 
 def augment_captions(ids, config, word_dropout):
-    """Replace tokens in ids (n, T) by random ones. Start, end and padding stay. The fraction is drawn for
-    each caption, from 0 to word_dropout, so that the model also reads captions that are nearly whole."""
+    """Replace tokens in ids (n, T) by random ones. Start, end and padding stay. Each caption has its own
+    probability of this, from 0 to word_dropout, so the model also reads captions that are nearly whole."""
     if not word_dropout:
         return ids
     words = torch.randint_like(ids, config.vocab_size - 1)
     words += words >= config.eos_token_id  # any token but the end token
-    fraction = word_dropout * torch.rand(len(ids), 1, device=ids.device)
-    replaced = (torch.rand(ids.shape, device=ids.device) < fraction) & (ids != config.eos_token_id)
+    p = word_dropout * torch.rand(len(ids), 1, device=ids.device)
+    replaced = (torch.rand(ids.shape, device=ids.device) < p) & (ids != config.eos_token_id)
     replaced[:, 0] = False  # the start token
     return torch.where(replaced, words, ids)
 
@@ -747,7 +747,7 @@ class Parser(argparse.ArgumentParser):
     def first_look(self, argv):
         """The flags, for defaults that depend on them. The second parse, which has these, shows --help."""
         argv = sys.argv[1:] if argv is None else argv
-        if "" in argv:
+        if any(not word.strip() or (word.startswith("--") and word.endswith("=")) for word in argv):
             self.error("an argument is empty, perhaps from a shell variable without a value")
         return self.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]
 

@@ -1681,6 +1681,8 @@ BAD = (
     (with_the_config_of_another_version, "clip", OLD, "or of another version"),
     (lambda: os.pwrite(os.open(RUN, os.O_RDWR), b"wrong", 20_000), "finetune", "--base old", "damaged"),
     (None, "clip", "--out ''", "an argument is empty"),
+    (None, "clip", "--device meta", "--device meta can't be used here"),
+    (None, "finetune", "--base old --classify=", "an argument is empty"),
     (None, "finetune", "--base nowhere", "no CLIP in nowhere"),
     (None, "finetune", "--base old --r 0", "--r and --seeds must be at least 1"),
     (None, "finetune", "--base old --alpha 0", "--alpha must be more than 0"),
