@@ -683,7 +683,8 @@ def resume_run(run_dir, settings, model, ema_model, optimizers):
         return []
     state = load_checkpoint(run_dir)
     if state["data"] != settings["data"]:
-        raise data.InputError(f"{run_dir}: the photos, captions or tokenizer differ. Give another --out")
+        difference = "the photos, captions or tokenizer differ"
+        raise data.InputError(f"{run_dir} can't be resumed: {difference}. Give another --out")
     before, now = asdict(state["config"]) | state["recipe"], settings["config"] | settings["recipe"]
     done = len(state["history"])
     for name in before | now:

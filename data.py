@@ -747,7 +747,7 @@ class Parser(argparse.ArgumentParser):
     def first_look(self, argv):
         """The flags, for defaults that depend on them. The second parse, which has these, shows --help."""
         argv = sys.argv[1:] if argv is None else argv
-        if any(not word.strip() or (word.startswith("--") and word.endswith("=")) for word in argv):
+        if any(re.fullmatch(r"(--[\w-]+=)?\s*", word) for word in argv):  # "" or "--out="
             self.error("an argument is empty, perhaps from a shell variable without a value")
         return self.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]
 
