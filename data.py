@@ -279,7 +279,7 @@ def find_captions_file(folder):
     found = found or others
     if len(found) != 1:
         problem = f"several captions files, {', '.join(map(str, found))}" if found else "no captions file"
-        advice = "--captions FILE names it; a table needs the columns file_name and caption"
+        advice = "--captions FILE names it; a table is UTF-8 and has the columns file_name and caption"
         raise InputError(f"--data {folder} has {problem}: {advice}")
     return found[0]
 
@@ -631,6 +631,7 @@ def draw_curve(path, history, photos):
             right.plot(epochs, recall, style, ms=3, color=color, label=f"R@{k} {label}")
     right.set(xlabel="epoch", ylabel=f"recall over {photos:,} photos, %", ylim=(0, None))
     for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     save_figure(figure, path)
