@@ -459,11 +459,11 @@ class Recipe:
     that we had. Every setting is a flag. A value out of range raises InputError."""
 
     # Each setting has its default, its least and largest value, and its help text.
-    epochs: int = data.setting(40, 1, 1e6, "epochs; the last incomplete batch of each is dropped")
+    epochs: int = data.setting(44, 1, 1e6, "epochs; the last incomplete batch of each is dropped")
     batch_size: int = data.setting(128, 2, 1e6, "photos in a step, on all GPUs together")
     lr: float = data.setting(7e-4, 0, 1e3, "learning rate after the warm-up")
     warmup: float = data.setting(2.0, 0, 1e6, "epochs in which the learning rate rises from 0")
-    weight_decay: float = data.setting(1.0, 0, 1e3, "weight decay of Linears' matrices; few photos need much")
+    weight_decay: float = data.setting(1.5, 0, 1e3, "weight decay of Linears' matrices; few photos need much")
     # The recipe for few photos: see the section of this name, and augmentation in data.py.
     muon: int = data.setting(1, 0, 1, "1: Muon for the matrices of the blocks, 0: AdamW for everything")
     views: int = data.setting(4, 1, 100, "random crops of each photo in a step")
@@ -743,7 +743,7 @@ class Muon(torch.optim.Optimizer):
     equals torch.optim.Muon(adjust_lr_fn="match_rms_adamw") up to rounding, but stacks the matrices of one
     shape: one by one, the 144 matrices of ViT-B/16 would make a step on an H100 nearly twice as long."""
 
-    def __init__(self, matrices, lr, weight_decay, momentum=0.95):
+    def __init__(self, matrices, lr, weight_decay, momentum=0.9):
         by_shape = {}
         for p in matrices:
             by_shape.setdefault(p.shape, []).append(p)
@@ -768,9 +768,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def multiview_loss(model, image_embeds, text_embeds):
-    """loss = photo-caption + crop-crop + caption-caption, for V crops (B, V, E) and K captions (B, K, E) of
-    each photo. Each term is the mean of contrastive_loss over all such pairs. Returns (loss, photo-caption),
-    which are equal if V = K = 1. Crops find other crops of their photo as in SLIP (arXiv:2112.12750)."""
+    """loss = photo-caption + (crop-crop + caption-caption) / 2, where each term is the mean of
+    contrastive_loss over all such pairs of V crops (B, V, E) and K captions (B, K, E). Crops find other crops
+    of their photo as in SLIP (arXiv:2112.12750). Returns (loss, photo-caption); they are equal if V = K = 1."""
 
     def mean_loss(pairs):
         a, b = zip(*pairs)  # n pairs of (B, E)
@@ -780,9 +780,9 @@ def multiview_loss(model, image_embeds, text_embeds):
     photo_caption = mean_loss(product(crops, captions))
     loss = photo_caption
     if len(crops) > 1:
-        loss = loss + mean_loss(combinations(crops, 2))
+        loss = loss + mean_loss(combinations(crops, 2)) / 2
     if len(captions) > 1:
-        loss = loss + mean_loss(combinations(captions, 2))
+        loss = loss + mean_loss(combinations(captions, 2)) / 2
     return loss, photo_caption
 
 

@@ -483,7 +483,7 @@ def test_all_views_of_a_photo_are_positives(crops, sentences):
     for x, count in ((images, crops), (texts, sentences)):
         pairs = [(i, j) for j in range(count) for i in range(j)]
         for i, j in pairs:
-            expected = expected + written_out(x[:, i], x[:, j]) / len(pairs)
+            expected = expected + written_out(x[:, i], x[:, j]) / len(pairs) / 2
     loss, photo_caption = clip.multiview_loss(model, images, texts)
     assert difference(loss, expected) < 1e-5
     assert difference(photo_caption, first) < 1e-5
@@ -1308,7 +1308,7 @@ def test_only_matrices_of_linears_decay(muon):
 def test_muon_is_that_of_pytorch_in_fp32(monkeypatch):
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in [(8, 8), (24, 8), (8, 24), (8, 8)]]
     theirs, steps = copy.deepcopy(ours), torch.randn(5, 4, 24, 24)
-    options = dict(lr=0.02, weight_decay=0.5)
+    options = dict(lr=0.02, weight_decay=0.5, momentum=0.9)
     for matrices, make in ((ours, clip.Muon), (theirs, torch.optim.Muon)):
         optimizer = make(matrices, **options)
         for step in steps:
