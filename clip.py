@@ -768,9 +768,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def multiview_loss(model, image_embeds, text_embeds):
-    """loss = photo-caption + (crop-crop + caption-caption) / 2, where each term is the mean of
-    contrastive_loss over all such pairs of V crops (B, V, E) and K captions (B, K, E). Crops find other crops
-    of their photo as in SLIP (arXiv:2112.12750). Returns (loss, photo-caption); they are equal if V = K = 1."""
+    """loss = photo-caption + (crop-crop + caption-caption) / 2. Each term is the mean of contrastive_loss
+    over all such pairs of V crops (B, V, E) and K captions (B, K, E). Crops find other crops of their photo
+    as in SLIP (arXiv:2112.12750). Returns (loss, photo-caption), which are equal if V = K = 1."""
 
     def mean_loss(pairs):
         a, b = zip(*pairs)  # n pairs of (B, E)
