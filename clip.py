@@ -145,8 +145,8 @@ class Block(nn.Module):
     """Pre-norm transformer block, x (B, T, C) to (B, T, C). Attention and MLP each read x after a
     LayerNorm and add their result to x, so deep stacks train easily (Xiong et al. 2020, arXiv:2002.04745).
 
-    queries: which tokens, an index into (B, T); by default all. The block computes the output of these tokens
-    alone, from the keys and values of all: Encoder needs only one output of the last block."""
+    queries: an index into (B, T), by default all tokens. The block computes the output of these tokens alone,
+    from the keys and values of all: Encoder needs only one output of the last block."""
 
     def __init__(self, config):
         super().__init__()
@@ -156,7 +156,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, mask=None, queries=slice(None)):
-        # Under autocast Encoder made x 16-bit, but LayerNorm returns fp32: cast once for q, k and v.
+        # Under autocast x is 16-bit (see Encoder), but LayerNorm returns fp32: cast once for q, k and v.
         normed = self.layer_norm1(x).to(x.dtype)
         x = x[queries] + self.self_attn(normed[queries], normed, mask)
         return x + self.mlp(self.layer_norm2(x))
@@ -426,8 +426,8 @@ def evaluate(model, split):
     """Loss, and recalls in percent: {"loss", "t2i_r1", ..., "i2t_r10"}.
 
     A loss depends on how many photos are compared. This one is the mean over groups of 64 photos, so a guess
-    has ln 64 = 4.159; if there are fewer photos, they are one group. It is also the mean over five turns, as
-    Flickr's photos have five captions: in turn j, each photo has its caption j. The loss can rise from
+    has ln 64 = 4.159; if there are fewer photos, they are one group. It is also the mean over five turns: in
+    turn j, each photo has its caption j, since Flickr's photos have five captions. The loss can rise from
     overconfidence while recall still rises (open_clip #811).
     """
     images, texts = embed(model, split)
@@ -467,12 +467,12 @@ class Recipe:
     # The recipe for few photos: see the section of this name, and augmentation in data.py.
     muon: int = data.setting(1, 0, 1, "1: Muon for the matrices of the blocks, 0: AdamW for everything")
     views: int = data.setting(4, 1, 100, "random crops of each photo in a step")
-    crop_scale: float = data.setting(0.1, 0.01, 1, "smallest fraction of a photo's area that a crop shows")
+    crop_scale: float = data.setting(0.1, 0.01, 1, "least part of a photo in a crop; half in one of several")
     color_jitter: float = data.setting(0.8, 0, 1, "largest change of colours; 0: no grey or solarized crops")
     patch_dropout: float = data.setting(0.75, 0, 0.99, "fraction of the patches that training leaves out")
-    unmask: int = data.setting(30, 0, 1e6, "epochs after which twice as many patches remain, or all")
+    unmask: int = data.setting(30, 0, 1e6, "epochs after which twice as many patches are kept, at most all")
     texts: int = data.setting(4, 1, 100, "captions of each photo in a step")
-    word_dropout: float = data.setting(0.9, 0, 1, "largest probability that a random word replaces a word")
+    word_dropout: float = data.setting(0.9, 0, 1, "largest probability that a random token replaces a token")
     # Large batches and random numbers.
     micro_batch: int = data.setting(0, 0, 1e6, "photos that a GPU encodes at once, to save memory; 0 is all")
     seed: int = data.setting(0, 0, 1e6, "seed of weights, batches and augmentation")
@@ -493,7 +493,7 @@ def make_optimizers(model, recipe):
     """[AdamW] with OpenAI's betas. With recipe.muon, [Muon, AdamW]: Muon updates the matrices of the blocks.
 
     Weight decay pulls towards zero. That is a sensible prior for the matrices of Linears and of LoRA, but not
-    for norms, biases, the logit scale and, unlike in the paper, all embeddings."""
+    for norms, biases, the logit scale and, unlike in the paper, for embeddings."""
     block_matrices, matrices, others = [], [], []
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -511,8 +511,8 @@ def make_optimizers(model, recipe):
 
 
 def make_batch(split, pairs, model, recipe):
-    """The photos and captions of `pairs` (B, 1 + K) as pixels (B V, 3, S, S) and token ids (B K, T). Each row
-    of pairs has the index of a photo, then those of K of its captions. Two rows for K = 2:
+    """The photos and captions of `pairs` (B, 1 + K) as pixels (B V, 3, S, S) and token ids (B K, T). A row of
+    pairs has the index of one photo, then those of K of its captions. Two rows for K = 2:
 
         [17, 85, 86]   photo 17 with its captions 85 and 86
         [ 4, 24, 20]   photo 4 with its captions 24 and 20
@@ -542,7 +542,7 @@ def update_weights(model, optimizers, scaler, lr):
     """Clip gradients, set the learning rate, step, clamp the logit scale."""
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # one odd batch can't throw the model far
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # so one odd batch has little weight
     # If fp16 gradients overflow, the norm is infinite, and clipping by it makes all finite gradients 0.
     # scaler.step skips only an optimizer whose own gradients overflow. We skip both.
     overflow = scaler.is_enabled() and not norm.isfinite()
@@ -570,8 +570,8 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
     split, B, device = splits["train"], recipe.batch_size, model.logit_scale.device
     steps_per_epoch = len(split.photos) // B
     steps = recipe.epochs * steps_per_epoch
-    # One crop and one caption of each photo, one process and the whole batch at once need only train_step.
-    # Drawn scenes are trained with it. The default recipe takes train_step_general, which comes later.
+    # train_step suffices for one crop and one caption of each photo, in one process without micro-batches, as
+    # for drawn scenes. The default recipe needs train_step_general, which comes later.
     is_simple = recipe.views == recipe.texts == WORLD_SIZE == 1 and not recipe.micro_batch
     optimizers = make_optimizers(model, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=autocast_dtype(device) == torch.float16)
@@ -586,7 +586,7 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
     model.train()
     last_save, seconds_to_save = time.perf_counter(), 0.0
     for epoch in range(len(history), recipe.epochs):
-        # In use the model sees all patches, so later epochs leave out fewer, as in FLIP's unmasked tuning.
+        # In use the model sees all patches, so later epochs leave out fewer (in FLIP, at last none).
         kept = (1 - recipe.patch_dropout) * (1 if epoch < recipe.unmask else 2)
         model.vision_model.embeddings.patch_dropout = max(0.0, 1 - kept)
         start, total = time.perf_counter(), 0.0
@@ -702,16 +702,16 @@ def resume_run(run_dir, settings, model, ema_model, optimizers):
 
 # --- The recipe for few photos ---------------------------------------------------------------------------
 # A ViT-B/16 with the plain recipe learns the 6,000 photos of Flickr8k by heart. What helps is another
-# initialisation of attention, an optimizer that learns rare directions too, several varied crops and captions
+# initialisation of attention, an optimizer that learns weak directions too, several varied crops and captions
 # of each photo, and the moving average of the weights. The README says what most of these bring.
 
 
 @torch.no_grad()
 def init_mimetic(model):
-    """Set k_proj to q_proj: a token attends to tokens like itself. Set out_proj to -v_proj^T / sqrt(2 L). As
-    v_proj^T v_proj is on average the identity (entries of v_proj have a variance of 1 / C), a block then
-    subtracts 1 / sqrt(2 L) of the mean of similar tokens. Large trained models look like this, but few photos
-    don't teach it. It simplifies mimetic initialisation (Trockman & Kolter 2023, arXiv:2305.09828)."""
+    """Set k_proj to q_proj, so a token attends to itself and to tokens like it. Set out_proj to -v_proj^T /
+    sqrt(2 L). v_proj^T v_proj is on average the identity, since the entries of v_proj have a variance of
+    1 / C. So attention subtracts 1 / sqrt(2 L) of the mean of these tokens. Large trained models do this too;
+    few photos can't teach it. Simplified from Trockman & Kolter 2023 (arXiv:2305.09828)."""
     for tower in (model.vision_model, model.text_model):
         for block in tower.encoder.layers:
             attention = block.self_attn
@@ -738,10 +738,10 @@ def orthogonalize(x):
 
 
 class Muon(torch.optim.Optimizer):
-    """SGD with momentum for matrices, with all singular values of an update set near 1, so that directions
-    which gradients rarely have are learnt as fast as frequent ones (Liu et al. 2025, arXiv:2502.16982). It
-    equals torch.optim.Muon(adjust_lr_fn="match_rms_adamw") up to rounding, but stacks the matrices of one
-    shape: one by one, the 144 matrices of ViT-B/16 would make a step on an H100 nearly twice as long."""
+    """SGD with momentum for matrices, which sets all singular values of an update near 1. So it learns weak
+    directions of the gradient as fast as strong ones (Liu et al. 2025, arXiv:2502.16982). Muon equals
+    torch.optim.Muon(adjust_lr_fn="match_rms_adamw") up to rounding, but stacks the matrices of one shape: one
+    by one, the 144 matrices of both towers would make a step on an H100 nearly twice as long."""
 
     def __init__(self, matrices, lr, weight_decay, momentum=0.9):
         by_shape = {}
@@ -768,9 +768,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def multiview_loss(model, image_embeds, text_embeds):
-    """loss = photo-caption + (crop-crop + caption-caption) / 2. Each term is the mean of contrastive_loss
-    over all such pairs of V crops (B, V, E) and K captions (B, K, E). Crops find other crops of their photo
-    as in SLIP (arXiv:2112.12750). Returns (loss, photo-caption), which are equal if V = K = 1."""
+    """loss = photo-caption + (crop-crop + caption-caption) / 2, for V crops (B, V, E) and K captions
+    (B, K, E) of each photo. Each term is the mean of contrastive_loss: over all choices of a crop and a
+    caption, of two crops (as in SLIP, arXiv:2112.12750), of two captions. Returns (loss, photo-caption)."""
 
     def mean_loss(pairs):
         a, b = zip(*pairs)  # n pairs of (B, E)
@@ -789,7 +789,7 @@ def multiview_loss(model, image_embeds, text_embeds):
 @torch.no_grad()
 def update_ema(ema_model, model, step):
     """ema = ema + (weights - ema) 6 / (7 + step): a moving average, which removes the noise of single steps.
-    The factor falls as the run grows, so the mean age of what it averages is a seventh of the run so far."""
+    The factor falls with each step, so that the averaged weights are on average a seventh of the run old."""
     averages = [p for p in ema_model.parameters() if p.requires_grad]
     weights = [p for p in model.parameters() if p.requires_grad]
     torch._foreach_lerp_(averages, weights, 6 / (7 + step))
@@ -820,7 +820,7 @@ def train_step_general(model, optimizers, scaler, pixels, ids, lr, recipe):
     seed = torch.initial_seed()  # which `train` set for this step
 
     def encode(i):
-        torch.manual_seed(seed + 1 + i)  # the same dropout in 1 and 3; with + 1, it differs from make_batch's
+        torch.manual_seed(seed + 1 + i)  # the same dropout in 1 and 3; + 1, since make_batch used `seed`
         with autocast(pixels.device):
             image_embeds, text_embeds = model.encode_image(pixel_parts[i]), model.encode_text(id_parts[i])
         return image_embeds.unflatten(0, (-1, recipe.views)), text_embeds.unflatten(0, (-1, recipe.texts))
