@@ -439,7 +439,9 @@ def atomic(path):
         if temporary.is_dir() and Path(path).is_dir():
             shutil.rmtree(path)  # os.replace can't replace a folder
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
+    except InputError:
+        raise
+    except Exception as error:  # if the disk is full, torch.save and tokenizers raise kinds of their own
         raise InputError(f"can't write {path} ({first_line(error)}): check space and permissions") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # a folder
@@ -735,7 +737,7 @@ class Parser(argparse.ArgumentParser):
                 self.add_argument(flag, type=type(value), default=value, help=f.metadata["help"])
         add = self.add_argument_group("run").add_argument
         help = f"folder of photos and captions, or {' or '.join(DRAWN)}"
-        add("--data", default="flickr30k", type=os.path.normpath, metavar="DIR", help=help)
+        add("--data", default="flickr30k", metavar="DIR", help=help)
         add("--captions", metavar="FILE", help="captions file, if DIR has several")
         add("--photos", type=int, default=0, help="train on the first photos only; 0 is all")
         add("--out", type=Path, metavar="DIR", help="folder of the run; by default in runs/")

@@ -374,8 +374,8 @@ def parse_args(argv):
         recipe = DRAWN_RECIPE if args.data in data.DRAWN else RUN_RECIPE
     parser.set_defaults(**{f.name: getattr(recipe, f.name) for f in fields(recipe) if f.metadata})
     args = parser.parse_args(argv)
-    if args.seeds < 1 or any(r < 1 for r in args.r) or not (args.alpha is None or args.alpha > 0):
-        raise InputError("--r and --seeds must be at least 1, and --alpha must be more than 0")
+    if args.seeds < 1 or any(r < 1 for r in args.r) or not (args.alpha is None or 0 < args.alpha < 1e6):
+        raise InputError("--r and --seeds must be at least 1, and --alpha between 0 and 1e6")
     args.out = args.out or Path("runs", "-".join(Path(x).absolute().name for x in (args.base, args.data)))
     return args
 

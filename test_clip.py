@@ -1110,7 +1110,9 @@ def test_the_store_is_reused_until_a_photo_changes(monkeypatch):
     assert not np.array_equal(data.photo_store({"a": Path("a.bmp")}, 16), first)
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space"), Exception("No space"), KeyboardInterrupt()], ids=repr
+)
 @pytest.mark.parametrize("write", [Path.mkdir, Path.touch], ids=["folder", "file"])
 def test_files_appear_whole_or_not_at_all(write, error):
     with pytest.raises((data.InputError, KeyboardInterrupt)), data.atomic("x") as temporary:
@@ -1662,6 +1664,7 @@ PHOTO, RUN = "photos/images/3.jpg", "old/checkpoint.pt"
 # (change, command, flags, part of the message). `photos` is a whole album, `old` is a run on it.
 BAD = (
     (None, "clip", "--data nowhere", "--data nowhere"),
+    (None, "clip", "--data ./shapes", "--data ./shapes is not a folder"),  # a drawn world has no path
     (replaced(",val", ",train"), "clip", "", "--data photos has"),
     (lambda: Path(PHOTO).write_bytes(b"x"), "clip", "", f"{PHOTO} can't be read"),
     (lambda: os.truncate(PHOTO, 2000), "clip", "", f"{PHOTO} can't be read"),
@@ -1685,7 +1688,8 @@ BAD = (
     (None, "finetune", "--base old --classify=", "an argument is empty"),
     (None, "finetune", "--base nowhere", "no CLIP in nowhere"),
     (None, "finetune", "--base old --r 0", "--r and --seeds must be at least 1"),
-    (None, "finetune", "--base old --alpha 0", "--alpha must be more than 0"),
+    (None, "finetune", "--base old --alpha 0", "--alpha between 0 and 1e6"),
+    (None, "finetune", "--base old --alpha inf", "--alpha between 0 and 1e6"),
     (None, "finetune", "--base old --targets query", "no Linear is named 'query'"),
     (None, "finetune", "--base old --classify nowhere", "can't read the folder nowhere"),
     (lambda: os.mkdir("new"), "finetune", "--base old --search new dog", "no photos below new"),
