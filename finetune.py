@@ -72,7 +72,7 @@ def load_released(name, tokenizer):
     try:
         released = transformers.AutoConfig.from_pretrained(name)
     except Exception as error:  # the hub's client raises dozens of kinds
-        advice = "give a run of clip.py, a folder or a hub name"
+        advice = "give a run of clip.py or a folder, as seen from the current one, or a hub name"
         raise InputError(f"no CLIP in {name} ({data.first_line(error)}): {advice}") from error
     if released.model_type != "clip":
         raise InputError(f"{name}/config.json: model_type is {released.model_type}, not clip")
@@ -114,7 +114,7 @@ def from_pretrained(name_or_dir, tokenizer=None):
                 raise InputError("adapter_config.json has no base_model_name_or_path: add it")
             model = from_pretrained(base, tokenizer)
             if is_run and clip.load_checkpoint(folder)["recipe"]["base_checksum"] != lora.checksum(model):
-                raise InputError(f"its base, {base}, has other weights than in training")
+                raise InputError(f"its base, {base}, has other weights than in training: adapt it again")
             lora.load_adapter(model, folder)
             lora.merge(model)
         except Exception as error:  # a malformed configuration raises almost anything
