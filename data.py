@@ -750,8 +750,9 @@ class Parser(argparse.ArgumentParser):
     def first_look(self, argv):
         """The flags, for defaults that depend on them. The second parse, which has these, shows --help."""
         argv = sys.argv[1:] if argv is None else argv
-        if any(re.fullmatch(r"(--[\w-]+=)?\s*", word) for word in argv):  # "" or "--out="
-            self.error("an argument is empty, perhaps from a shell variable without a value")
+        # "" and "--out=" are empty. Bytes that are not UTF-8 have become surrogates.
+        if any(re.fullmatch(r"(--[\w-]+=)?\s*|.*[\ud800-\udfff].*", word) for word in argv):
+            self.error("an argument is empty, perhaps from a shell variable without a value, or not UTF-8")
         return self.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]
 
     def error(self, message):

@@ -1693,7 +1693,7 @@ BAD = (
     (None, "finetune", "--base old --targets query", "no Linear is named 'query'"),
     (None, "finetune", "--base old --classify nowhere", "can't read the folder nowhere"),
     (lambda: os.mkdir("new"), "finetune", "--base old --search new dog", "no photos below new"),
-    (None, "finetune", "--base old --search photos \udce4", "surrogates not allowed"),
+    (None, "finetune", "--base old --search photos \udce4", "or not UTF-8"),
 )
 
 
