@@ -467,7 +467,7 @@ class Recipe:
     # The recipe for few photos: see the section of this name, and augmentation in data.py.
     muon: int = data.setting(1, 0, 1, "1: Muon for the matrices of the blocks, 0: AdamW for everything")
     views: int = data.setting(4, 1, 100, "random crops of each photo in a step")
-    crop_scale: float = data.setting(0.1, 0.01, 1, "least part of a photo in a crop; half in one of several")
+    crop_scale: float = data.setting(0.1, 0.01, 1, "smallest fraction of a photo that most crops show")
     color_jitter: float = data.setting(0.8, 0, 1, "largest change of colours; 0: no grey or solarized crops")
     patch_dropout: float = data.setting(0.75, 0, 0.99, "fraction of the patches that training leaves out")
     unmask: int = data.setting(30, 0, 1e6, "epochs after which twice as many patches are kept, at most all")
