@@ -586,7 +586,7 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
     model.train()
     last_save, seconds_to_save = time.perf_counter(), 0.0
     for epoch in range(len(history), recipe.epochs):
-        # In use the model sees all patches, so later epochs leave out fewer (in FLIP, at last none).
+        # In use the model sees all patches, so later epochs drop fewer. FLIP's last epochs drop none.
         kept = (1 - recipe.patch_dropout) * (1 if epoch < recipe.unmask else 2)
         model.vision_model.embeddings.patch_dropout = max(0.0, 1 - kept)
         start, total = time.perf_counter(), 0.0
@@ -711,7 +711,7 @@ def init_mimetic(model):
     """Set k_proj to q_proj, so a token attends to itself and to tokens like it. Set out_proj to -v_proj^T /
     sqrt(2 L). v_proj^T v_proj is on average the identity, since the entries of v_proj have a variance of
     1 / C. So attention subtracts 1 / sqrt(2 L) of the mean of these tokens. Large trained models do this too;
-    few photos can't teach it. Simplified from Trockman & Kolter 2023 (arXiv:2305.09828)."""
+    few photos can't teach it. It simplifies Trockman & Kolter 2023 (arXiv:2305.09828)."""
     for tower in (model.vision_model, model.text_model):
         for block in tower.encoder.layers:
             attention = block.self_attn
@@ -769,8 +769,8 @@ class Muon(torch.optim.Optimizer):
 
 def multiview_loss(model, image_embeds, text_embeds):
     """loss = photo-caption + (crop-crop + caption-caption) / 2, for V crops (B, V, E) and K captions
-    (B, K, E) of each photo. Each term is the mean of contrastive_loss: over all choices of a crop and a
-    caption, of two crops (as in SLIP, arXiv:2112.12750), of two captions. Returns (loss, photo-caption)."""
+    (B, K, E) of each photo. Each term is the mean of contrastive_loss over all choices: of a crop and a
+    caption, of two crops (as in SLIP, arXiv:2112.12750) or two captions. Returns (loss, photo-caption)."""
 
     def mean_loss(pairs):
         a, b = zip(*pairs)  # n pairs of (B, E)

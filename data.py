@@ -439,9 +439,10 @@ def atomic(path):
         if temporary.is_dir() and Path(path).is_dir():
             shutil.rmtree(path)  # os.replace can't replace a folder
         os.replace(temporary, path)
-    except InputError:
-        raise
-    except Exception as error:  # if the disk is full, torch.save and tokenizers raise kinds of their own
+    except Exception as error:
+        # If the disk is full, torch.save raises RuntimeError, and tokenizers a plain Exception.
+        if not (isinstance(error, (OSError, RuntimeError)) or type(error) is Exception):
+            raise
         raise InputError(f"can't write {path} ({first_line(error)}): check space and permissions") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # a folder

@@ -72,7 +72,7 @@ def load_released(name, tokenizer):
     try:
         released = transformers.AutoConfig.from_pretrained(name)
     except Exception as error:  # the hub's client raises dozens of kinds
-        advice = "give a run of clip.py or a folder, as seen from the current one, or a hub name"
+        advice = "give a hub name, or the path of a run or folder from the current folder"
         raise InputError(f"no CLIP in {name} ({data.first_line(error)}): {advice}") from error
     if released.model_type != "clip":
         raise InputError(f"{name}/config.json: model_type is {released.model_type}, not clip")

@@ -1110,9 +1110,7 @@ def test_the_store_is_reused_until_a_photo_changes(monkeypatch):
     assert not np.array_equal(data.photo_store({"a": Path("a.bmp")}, 16), first)
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(28, "No space"), Exception("No space"), KeyboardInterrupt()], ids=repr
-)
+@pytest.mark.parametrize("error", [OSError(28, "full"), Exception("full"), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("write", [Path.mkdir, Path.touch], ids=["folder", "file"])
 def test_files_appear_whole_or_not_at_all(write, error):
     with pytest.raises((data.InputError, KeyboardInterrupt)), data.atomic("x") as temporary:
@@ -1694,6 +1692,7 @@ BAD = (
     (None, "finetune", "--base old --classify nowhere", "can't read the folder nowhere"),
     (lambda: os.mkdir("new"), "finetune", "--base old --search new dog", "no photos below new"),
     (None, "finetune", "--base old --search photos \udce4", "or not UTF-8"),
+    (lambda: noise_photo("\udce4/1.png"), "finetune", "--base old --classify .", "surrogates not allowed"),
 )
 
 
