@@ -459,7 +459,7 @@ class Recipe:
     that we had. Every setting is a flag. A value out of range raises InputError."""
 
     # Each setting has its default, its least and largest value, and its help text.
-    epochs: int = data.setting(44, 1, 1e6, "epochs; the last incomplete batch of each is dropped")
+    epochs: int = data.setting(52, 1, 1e6, "epochs; the last incomplete batch of each is dropped")
     batch_size: int = data.setting(128, 2, 1e6, "photos in a step, on all GPUs together")
     lr: float = data.setting(7e-4, 0, 1e3, "learning rate after the warm-up")
     warmup: float = data.setting(2.0, 0, 1e6, "epochs in which the learning rate rises from 0")
@@ -467,10 +467,10 @@ class Recipe:
     # The recipe for few photos: see the section of this name, and augmentation in data.py.
     muon: int = data.setting(1, 0, 1, "1: Muon for the matrices of the blocks, 0: AdamW for everything")
     views: int = data.setting(4, 1, 100, "random crops of each photo in a step")
-    crop_scale: float = data.setting(0.1, 0.01, 1, "smallest fraction of a photo that most crops show")
-    color_jitter: float = data.setting(0.8, 0, 1, "largest change of colours; 0: no grey or solarized crops")
+    crop_scale: float = data.setting(0.1, 0.01, 1, "smallest fraction of a photo that a crop shows")
+    color_jitter: float = data.setting(0.8, 0, 1, "largest change of colours; 0: no grey crops")
     patch_dropout: float = data.setting(0.75, 0, 0.99, "fraction of the patches that training leaves out")
-    unmask: int = data.setting(30, 0, 1e6, "epochs after which twice as many patches are kept, at most all")
+    unmask: int = data.setting(36, 0, 1e6, "epochs after which twice as many patches are kept, at most all")
     texts: int = data.setting(4, 1, 100, "captions of each photo in a step")
     word_dropout: float = data.setting(0.9, 0, 1, "largest probability that a random token replaces a token")
     # Large batches and random numbers.

@@ -129,10 +129,9 @@ def normalize(photos):
     return ((pixels - mean) / std).contiguous()
 
 
-def color_jitter(pixels, strength, grey=0.2, solarized=0.2):
+def color_jitter(pixels, strength, grey=0.2):
     """Pixels (B, 3, S, S) from 0 to 1 with brightness, contrast and saturation multiplied by random factors
-    from 1 - strength to 1 + strength. A fraction `grey` becomes grey (SimCLR, arXiv:2002.05709), and a
-    fraction `solarized` has values above 0.5 inverted (BYOL, arXiv:2006.07733)."""
+    from 1 - strength to 1 + strength. A fraction `grey` becomes grey (SimCLR, arXiv:2002.05709)."""
     B, device = len(pixels), pixels.device
     factors = torch.empty(3, B, 1, 1, 1, device=device).uniform_(1 - strength, 1 + strength)
     brightness, contrast, saturation = factors  # (B, 1, 1, 1) each
@@ -142,19 +141,15 @@ def color_jitter(pixels, strength, grey=0.2, solarized=0.2):
     in_grey = (pixels * luma).sum(dim=1, keepdim=True)  # (B, 1, S, S)
     pixels = torch.lerp(in_grey, pixels, saturation)
     mean_grey = in_grey.mean(dim=(2, 3), keepdim=True)
-    pixels = torch.lerp(mean_grey, pixels, contrast).clamp_(0, 1)
-    inverted = (pixels > 0.5) & (torch.rand(B, 1, 1, 1, device=device) < solarized)
-    return torch.where(inverted, 1 - pixels, pixels)
+    return torch.lerp(mean_grey, pixels, contrast).clamp_(0, 1)
 
 
 def random_resized_crop(pixels, size, scale, views, ratio=(3 / 4, 4 / 3)):
     """Random crops (B V, 3, size, size) of pixels (B, 3, S, S), half of them mirrored. A crop has between
     `scale` and 1 of the photo's area and a width / height in `ratio`, but a side longer than the photo's is
-    shortened to it. The first of several crops of a photo has at least half of the area."""
+    shortened to it."""
     B, V, device = len(pixels), views, pixels.device
-    smallest = torch.full((V,), scale, device=device)
-    smallest[0] = max(scale, 0.5) if V > 1 else scale
-    area = (smallest + (1 - smallest) * torch.rand(B, V, device=device)).flatten()  # (B V,)
+    area = torch.empty(B * V, device=device).uniform_(scale, 1)
     aspect = torch.empty(B * V, device=device).uniform_(*np.log(ratio)).exp()
     width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)  # (B V,)
     mirror = torch.randint(2, (B * V,), device=device) * 2 - 1  # 1 or -1

@@ -41,7 +41,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from matplotlib import pyplot as plt
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance
 from safetensors.torch import load_file, save_file
 
 import finetune
@@ -1087,13 +1087,12 @@ def test_color_jitter_equals_pillow():
     changed = data.color_jitter(pixels, 0.4)
     torch.manual_seed(5)
     factors = torch.empty(3, 300, 1, 1).uniform_(0.6, 1.4)[:, :, 0, 0]
-    grey, solarized = torch.rand(2, 300) < 0.2
-    assert 40 < grey.sum() < 80 and 40 < solarized.sum() < 80
+    grey = torch.rand(300) < 0.2
+    assert 40 < grey.sum() < 80
     for i in range(0, 300, 10):
         image = ImageEnhance.Brightness(Image.fromarray(photo)).enhance(factors[0, i].item())
         image = ImageEnhance.Contrast(image).enhance(factors[1, i].item())
         image = ImageEnhance.Color(image).enhance(0.0 if grey[i] else factors[2, i].item())
-        image = ImageOps.solarize(image) if solarized[i] else image
         expected = torch.from_numpy(np.asarray(image) / 255).float().permute(2, 0, 1)
         assert (changed[i] - expected).abs().max() < 0.02  # Pillow rounds three times
 
@@ -1173,8 +1172,7 @@ def test_crops_have_their_area_and_half_are_mirrored():
     pixels = (ramp / 255).permute(0, 3, 1, 2)
     crops = data.random_resized_crop(pixels, 224, 0.2, views=51, ratio=(1, 1))  # (1,020, 3, 224, 224)
     width = (crops[:, 0, 0, -1] - crops[:, 0, 0, 0]) * 224 / 223  # negative if mirrored
-    first, area = width.view(20, 51)[:, 0] ** 2, width.view(20, 51)[:, 1:] ** 2
-    assert first.min() > 0.48 and first.mean().item() == pytest.approx(0.75, abs=0.1)
+    area = width**2
     assert 0.19 < area.min() < 0.22 and 0.98 < area.max() < 1.02
     assert area.mean().item() == pytest.approx(0.6, abs=0.03)
     assert (width < 0).float().mean().item() == pytest.approx(0.5, abs=0.06)
