@@ -1780,6 +1780,11 @@ def test_the_readmes_exercises_change_a_line_that_runs(old, new):
     assert changed.contrastive_loss(torch.randn(5, 2, 3, 3)).isfinite()  # as `evaluate` calls it
 
 
+def test_the_readme_describes_the_default_recipe():
+    epochs, unmask = clip.Recipe().epochs, clip.Recipe().unmask
+    assert f"over {epochs} epochs on" in README and f"after {unmask} epochs half" in README
+
+
 def test_the_readmes_pictures_are_there():
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)
     pictures += re.findall(r"\]\((assets/[^)]+)\)", README)
