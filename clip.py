@@ -959,7 +959,7 @@ def run(args):
     # With --micro-batch the memory suffices, but training is very slow.
     if device.type == "cpu" and args.model == "ViT-B/16" and not recipe.micro_batch:
         advice = "add --model tiny --tokenizer train, or take --data shapes"
-        raise data.InputError(f"ViT-B/16, the default for {args.data}, needs a GPU: {advice}")
+        raise data.InputError(f"ViT-B/16, the default for photos, needs a GPU: {advice}")
     config = replace(PRESETS[args.model], causal=args.text == "causal")
     splits, tokenizer = open_data(args, device, args.tokenizer, config)
     if RANK == 0 and not (args.out / "checkpoint.pt").exists():  # a resumed run has one

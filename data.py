@@ -274,7 +274,7 @@ def find_captions_file(folder):
     found = found or others
     if len(found) != 1:
         problem = f"several captions files, {', '.join(map(str, found))}" if found else "no captions file"
-        advice = "--captions FILE names it; a table is UTF-8 and has the columns file_name and caption"
+        advice = "choose one with --captions FILE; a table is UTF-8 and has the columns file_name and caption"
         raise InputError(f"--data {folder} has {problem}: {advice}")
     return found[0]
 

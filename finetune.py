@@ -374,8 +374,9 @@ def parse_args(argv):
         recipe = DRAWN_RECIPE if args.data in data.DRAWN else RUN_RECIPE
     parser.set_defaults(**{f.name: getattr(recipe, f.name) for f in fields(recipe) if f.metadata})
     args = parser.parse_args(argv)
-    if args.seeds < 1 or any(r < 1 for r in args.r) or not (args.alpha is None or 0 < args.alpha < 1e6):
-        raise InputError("--r and --seeds must be at least 1, and --alpha between 0 and 1e6")
+    ranks_fit = all(1 <= r <= 1024 for r in args.r)
+    if args.seeds < 1 or not ranks_fit or not (args.alpha is None or 0 < args.alpha < 1e6):
+        raise InputError("--r must be between 1 and 1024, --seeds at least 1, --alpha above 0 and below 1e6")
     args.out = args.out or Path("runs", "-".join(Path(x).absolute().name for x in (args.base, args.data)))
     return args
 
