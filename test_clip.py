@@ -1168,8 +1168,7 @@ def test_training_batches_have_room_for_usual_captions():
 
 
 def test_crops_have_their_area_and_half_are_mirrored():
-    ramp = torch.arange(256).expand(20, 256, 256)[..., None].expand(-1, -1, -1, 3).to(torch.uint8)
-    pixels = (ramp / 255).permute(0, 3, 1, 2)
+    pixels = (torch.arange(256) / 255).expand(20, 3, 256, 256)  # brighter to the right
     crops = data.random_resized_crop(pixels, 224, 0.2, views=51, ratio=(1, 1))  # (1,020, 3, 224, 224)
     width = (crops[:, 0, 0, -1] - crops[:, 0, 0, 0]) * 224 / 223  # negative if mirrored
     area = width**2
@@ -1679,6 +1678,7 @@ BAD = (
     (MOVED, "clip", OLD, "captions or tokenizer differ"),
     (with_the_config_of_another_version, "clip", OLD, "or of another version"),
     (lambda: os.pwrite(os.open(RUN, os.O_RDWR), b"wrong", 20_000), "finetune", "--base old", "damaged"),
+    (None, "clip", "--out ''", "an argument is empty"),
     (None, "clip", "--device meta", "--device meta can't be used here"),
     (None, "finetune", "--base old --classify=", "an argument is empty"),
     (None, "finetune", "--base nowhere", "no CLIP in nowhere"),
