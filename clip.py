@@ -467,7 +467,7 @@ class Recipe:
     # The recipe for few photos: see the section of this name, and augmentation in data.py.
     muon: int = data.setting(1, 0, 1, "1: Muon for the matrices of the blocks, 0: AdamW for everything")
     views: int = data.setting(4, 1, 100, "random crops of each photo in a step")
-    crop_scale: float = data.setting(0.1, 0.01, 1, "smallest fraction of a photo that a crop shows")
+    crop_scale: float = data.setting(0.1, 0.01, 1, "smallest fraction of the area that a crop shows")
     color_jitter: float = data.setting(0.8, 0, 1, "largest change of colours; 0: no grey crops")
     patch_dropout: float = data.setting(0.75, 0, 0.99, "fraction of the patches that training leaves out")
     unmask: int = data.setting(36, 0, 1e6, "epochs after which twice as many patches are kept, at most all")
@@ -721,8 +721,9 @@ def init_mimetic(model):
 
 
 def orthogonalize(x):
-    """Return the matrices x (n, rows, columns) with singular values near 1 (tiny ones stay smaller), by five
-    Newton-Schulz steps with fast coefficients (Jordan 2024, kellerjordan.github.io/posts/muon)."""
+    """Replace the singular values of the matrices x (n, rows, columns) by values near 1 (tiny ones stay
+    smaller). Five Newton-Schulz steps do this, with fast coefficients (Jordan 2024,
+    kellerjordan.github.io/posts/muon)."""
     if x.shape[1] > x.shape[2]:  # so that gram is as small as possible
         return orthogonalize(x.mT).mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values must be at most 1
@@ -738,8 +739,8 @@ def orthogonalize(x):
 
 
 class Muon(torch.optim.Optimizer):
-    """SGD with momentum for matrices, which sets all singular values of an update near 1. So it learns weak
-    directions of the gradient as fast as strong ones (Liu et al. 2025, arXiv:2502.16982). Muon equals
+    """SGD with momentum for matrices, which makes all singular values of an update nearly equal. So it learns
+    weak directions of the gradient as fast as strong ones (Liu et al. 2025, arXiv:2502.16982). Muon equals
     torch.optim.Muon(adjust_lr_fn="match_rms_adamw") up to rounding, but stacks the matrices of one shape: one
     by one, the 144 matrices of both towers would make a step on an H100 nearly twice as long."""
 
@@ -789,7 +790,7 @@ def multiview_loss(model, image_embeds, text_embeds):
 @torch.no_grad()
 def update_ema(ema_model, model, step):
     """ema = ema + (weights - ema) 6 / (7 + step): a moving average, which removes the noise of single steps.
-    The factor falls with each step, so that the averaged weights are on average a seventh of the run old."""
+    The factor falls with each step, so that the mean age of the averaged weights is a seventh of the run."""
     averages = [p for p in ema_model.parameters() if p.requires_grad]
     weights = [p for p in model.parameters() if p.requires_grad]
     torch._foreach_lerp_(averages, weights, 6 / (7 + step))

@@ -130,7 +130,7 @@ def normalize(photos):
 
 
 def color_jitter(pixels, strength, grey=0.2):
-    """Pixels (B, 3, S, S) from 0 to 1 with brightness, contrast and saturation multiplied by random factors
+    """Pixels (B, 3, S, S) from 0 to 1 with brightness, saturation and contrast multiplied by random factors
     from 1 - strength to 1 + strength. A fraction `grey` becomes grey (SimCLR, arXiv:2002.05709)."""
     B, device = len(pixels), pixels.device
     factors = torch.empty(3, B, 1, 1, 1, device=device).uniform_(1 - strength, 1 + strength)
@@ -145,9 +145,9 @@ def color_jitter(pixels, strength, grey=0.2):
 
 
 def random_resized_crop(pixels, size, scale, views, ratio=(3 / 4, 4 / 3)):
-    """Random crops (B V, 3, size, size) of pixels (B, 3, S, S), half of them mirrored. A crop has between
-    `scale` and 1 of the photo's area and a width / height in `ratio`, but a side longer than the photo's is
-    shortened to it."""
+    """Random crops (B V, 3, size, size) of pixels (B, 3, S, S), half of them mirrored, since captions of
+    photos seldom say left or right. The area of a crop is a random fraction of the photo's, from `scale` to
+    1, and its width / height is in `ratio`. Then a side longer than the photo's is shortened to it."""
     B, V, device = len(pixels), views, pixels.device
     area = torch.empty(B * V, device=device).uniform_(scale, 1)
     aspect = torch.empty(B * V, device=device).uniform_(*np.log(ratio)).exp()
@@ -438,7 +438,7 @@ def atomic(path):
         # If the disk is full, torch.save raises RuntimeError, and tokenizers a plain Exception.
         if not (isinstance(error, (OSError, RuntimeError)) or type(error) is Exception):
             raise
-        raise InputError(f"can't write {path} ({first_line(error)}): check space and permissions") from error
+        raise InputError(f"can't write {path} ({first_line(error)}): check the path and the space") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # a folder
         if temporary.exists():
