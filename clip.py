@@ -16,7 +16,7 @@ those in data.py too. The letters in the shapes of tensors:
     S x S pixels in a photo, P x P pixels in a patch           E numbers in an embedding (projection_dim)
     T tokens: a class token and patches, or subwords           C channels (hidden_size), H heads of D = C / H
 
-Inside a tower, B counts all of its inputs: B V crops, or B K captions.
+Inside a tower, B is the number of its inputs, V crops or K captions of each photo.
 """
 
 import copy
@@ -103,9 +103,9 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.num_heads = config.num_attention_heads
-        # Four Linears, which lora.py can replace by LoRA layers for fine-tuning. nn.MultiheadAttention reads
-        # the weight of its out_proj, but never calls this Linear, so a LoRA layer in its place would have no
-        # effect (peft #761).
+        # Four Linears, which lora.py can replace by LoRA layers for fine-tuning. nn.MultiheadAttention only
+        # reads the weight of its out_proj and never calls it, so a LoRA layer there would have no effect
+        # (peft #761).
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -177,8 +177,8 @@ class Encoder(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for layer in self.layers[:-1]:
             x = layer(x, mask)
-        # Nothing reads the last block's outputs for the other tokens. Without these a step takes less time:
-        # 5 % less with ViT-B/16, and 20 % less with the tiny model on a CPU.
+        # Nothing reads the last block's outputs for the other tokens. Leaving them out makes a step 5 %
+        # shorter with ViT-B/16, and 20 % shorter with the tiny model on a CPU.
         rows = torch.arange(x.shape[0], device=x.device)[:, None]  # (B, 1)
         x = self.layers[-1](x, pool_mask, queries=(rows, pool_index))  # (B, 1, C)
         return x[:, 0]
@@ -283,8 +283,8 @@ class TextTransformer(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Two towers and a temperature. `forward` and contrastive_loss are the paper's pseudo-code (figure 3), in
-    which I is the photos, T is the captions, n is the batch size and t is our logit_scale:
+    """Two towers and a temperature. `forward` and contrastive_loss are the paper's pseudo-code (figure 3). I
+    is the photos, T the captions, n the batch size, W_i and W_t our projections, and t our logit_scale:
 
     I_e, T_e = l2_normalize(image_encoder(I) @ W_i), l2_normalize(text_encoder(T) @ W_t)
     logits = (I_e @ T_e.T) * exp(t)
@@ -310,9 +310,9 @@ class CLIP(nn.Module):
         return F.normalize(self.text_projection(self.text_model(ids)).float(), dim=-1)
 
     def similarity(self, image_embeds, text_embeds):
-        """Logits (B, B) of unit vectors (B, E) and (B, E): their cosines times exp(logit_scale). For stacks
-        (n, B, E), as multiview_loss has them, it returns (n, B, B). Logits are fp32, because the scale may
-        grow to 100, and near 100 bf16 has steps of 0.5."""
+        """Logits (B, B) of unit vectors (B, E) and (B, E): their cosines times exp(logit_scale). Stacks
+        (..., B, E), as evaluate and multiview_loss have them, give (..., B, B). Logits are fp32, because the
+        scale may grow to 100, and near 100 bf16 has steps of 0.5."""
         with torch.autocast(image_embeds.device.type, enabled=False):
             return self.logit_scale.exp() * (image_embeds @ text_embeds.mT)
 
@@ -331,7 +331,7 @@ def init_weights(model):
         C, L = config.hidden_size, config.num_hidden_layers
         std = {"q_proj": C**-0.5, "k_proj": C**-0.5, "v_proj": C**-0.5, "fc1": (2 * C) ** -0.5}
         # A block adds to the residual stream twice, by out_proj and fc2. With the factor (2 L)^-0.5 in these
-        # two, the variance of the stream does not grow with the number of blocks (GPT-2).
+        # two, the variance of the stream after the last block is about the same for every L (GPT-2).
         std |= {"out_proj": (2 * L * C) ** -0.5, "fc2": (2 * L * C) ** -0.5}
         for name, module in tower.encoder.named_modules():
             if isinstance(module, nn.Linear):
@@ -354,7 +354,7 @@ def init_weights(model):
 
 
 def contrastive_loss(logits_per_image):
-    """The mean of two cross-entropies of logits (B, B), or the mean of n such losses for a stack (n, B, B).
+    """The mean of two cross-entropies of logits (B, B), or the mean of such losses for a stack (..., B, B).
 
     A row asks which caption fits its photo, a column which photo fits its caption. The right answers are on
     the diagonal. For three photos and their captions:
@@ -468,7 +468,7 @@ class Recipe:
     muon: int = data.setting(1, 0, 1, "1: Muon for the matrices of the blocks, 0: AdamW for everything")
     views: int = data.setting(4, 1, 100, "random crops of each photo in a step")
     crop_scale: float = data.setting(0.1, 0.01, 1, "smallest fraction of the area that a crop shows")
-    color_jitter: float = data.setting(0.8, 0, 1, "largest change of colours; 0: no grey crops")
+    color_jitter: float = data.setting(0.8, 0, 1, "largest change of colours; above 0, 1 in 5 crops is grey")
     patch_dropout: float = data.setting(0.75, 0, 0.99, "fraction of the patches that training leaves out")
     unmask: int = data.setting(36, 0, 1e6, "epochs after which twice as many patches are kept, at most all")
     texts: int = data.setting(4, 1, 100, "captions of each photo in a step")
@@ -481,7 +481,7 @@ class Recipe:
         data.check_settings(self)
 
 
-# finetune.py trains with plain CLIP and the moving average of the weights. Drawn scenes add Muon.
+# Plain CLIP, as finetune.py trains it. For drawn scenes, clip.py adds Muon.
 PLAIN = dict(muon=0, views=1, crop_scale=0.4, color_jitter=0.0, patch_dropout=0.0, texts=1, word_dropout=0.0)
 DRAWN_RECIPE = Recipe(**(PLAIN | dict(epochs=8, warmup=0.5, weight_decay=0.3, muon=1)))
 # In 16 epochs the tiny model does not learn photos by heart, so on photos it has weaker augmentation.
@@ -515,15 +515,15 @@ def make_batch(split, pairs, model, recipe):
     pairs has the index of one photo, then those of K of its captions. Two rows for K = 2:
 
         [17, 85, 86]   photo 17 with its captions 85 and 86
-        [ 4, 24, 20]   photo 4 with its captions 24 and 20
+        [ 4, 24, 20]   photo 4 with its captions 24 and 20: after its last one comes its first
     """
     config, device = model.config, model.logit_scale.device
     photos = split.take(pairs[:, 0], device)  # (B, height, width, 3) uint8
     if photos.shape[1] > config.image_size:  # photos have a margin for random crops
         pixels = data.augment(photos, config.image_size, recipe)
-    else:  # drawn scenes have none, as a crop would make "left" and "large" wrong: all views are the same
+    else:  # drawn scenes have no margin, as a crop would make "left" and "large" wrong: views are copies
         pixels = data.normalize(photos).repeat_interleave(recipe.views, dim=0)
-    # cut: T is the same in every batch, so the text tower is compiled once. One caption in 1,000 is cut.
+    # cut: T is the same in every batch, so the text tower is compiled once. It cuts few captions, if any.
     ids = split.tokens(pairs[:, 1:].flatten(), device, cut=True)
     return pixels, data.augment_captions(ids, config, recipe.word_dropout)
 
@@ -544,7 +544,8 @@ def update_weights(model, optimizers, scaler, lr):
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # so one odd batch has little weight
     # If fp16 gradients overflow, the norm is infinite, and clipping by it makes all finite gradients 0.
-    # scaler.step skips only an optimizer whose own gradients overflow. We skip both.
+    # scaler.step skips only an optimizer whose own gradients overflow, and the other would use zeros. So we
+    # skip both.
     overflow = scaler.is_enabled() and not norm.isfinite()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -556,16 +557,16 @@ def update_weights(model, optimizers, scaler, lr):
     model.logit_scale.data.clamp_(max=math.log(100))  # the paper's bound (openai/CLIP #46)
 
 
-SAVE_FRACTION = 0.05  # the fraction of its time that `train` spends on checkpoints
+SAVE_FRACTION = 0.05  # `train` spends at most about this fraction of its time on checkpoints
 
 
 def train(model, splits, recipe, run_dir, resume=False, compile=False):
     """Train the parameters that require a gradient, in place. Returns (ema_model, history).
 
     ema_model is a copy with the moving average of the weights: evaluate and use this one. history has a row
-    for each epoch. log.csv and checkpoint.pt are written to run_dir after the last epoch, and after others
-    so often that writing takes about 5 % of the time. `resume` continues from there, with more epochs if you
-    like; on the CPU a resumed run is bit for bit the uninterrupted one.
+    for each epoch. log.csv and checkpoint.pt are written to run_dir after the last epoch, and after
+    other epochs as long as writing takes at most about 5 % of the time. `resume` continues from there, with
+    more epochs if you like; on the CPU a resumed run is bit for bit the uninterrupted one.
     """
     split, B, device = splits["train"], recipe.batch_size, model.logit_scale.device
     steps_per_epoch = len(split.photos) // B
@@ -615,7 +616,7 @@ def train(model, splits, recipe, run_dir, resume=False, compile=False):
                 minutes = (steps - step - 1) / rate / 60
                 print(f"{text}  {rate * B:6,.0f} pairs/s  ETA {minutes:6.1f} min", flush=True)
 
-        # train_loss is the loss of photos and captions, and a guess has ln B. With several crops or captions,
+        # train_loss is the photo-caption loss, by chance ln B. With several crops or captions,
         # what is minimized has more terms (see multiview_loss).
         row = {"epoch": epoch + 1, "train_loss": float(total) / steps_per_epoch, "train_chance": math.log(B)}
         row |= evaluate(ema_model, splits["val"])
@@ -676,8 +677,8 @@ def load_checkpoint(run_dir):
 
 def resume_run(run_dir, settings, model, ema_model, optimizers):
     """Restore what save_run saved and return the history, empty if there is no checkpoint yet. InputError if
-    the model, the recipe or the data differ, or if more epochs are done than the recipe has. Only micro_batch
-    and epochs may differ."""
+    the model, the recipe or the data differ. In the recipe only micro_batch may differ, and epochs, unless more
+    are done already."""
     if not (Path(run_dir) / "checkpoint.pt").exists():
         print(f"new run   {run_dir}")
         return []
@@ -709,9 +710,9 @@ def resume_run(run_dir, settings, model, ema_model, optimizers):
 @torch.no_grad()
 def init_mimetic(model):
     """Set k_proj to q_proj, so a token attends to itself and to tokens like it. Set out_proj to -v_proj^T /
-    sqrt(2 L). v_proj^T v_proj is on average the identity, since the entries of v_proj have a variance of
-    1 / C. So attention subtracts 1 / sqrt(2 L) of the mean of these tokens. Large trained models do this too;
-    few photos can't teach it. It simplifies Trockman & Kolter 2023 (arXiv:2305.09828)."""
+    sqrt(2 L), for L blocks. v_proj^T v_proj is on average the identity, since the entries of v_proj have a
+    variance of 1 / C. So attention subtracts 1 / sqrt(2 L) of the mean of these tokens. Large trained models
+    do this too; few photos can't teach it. It simplifies Trockman & Kolter 2023 (arXiv:2305.09828)."""
     for tower in (model.vision_model, model.text_model):
         for block in tower.encoder.layers:
             attention = block.self_attn
@@ -739,7 +740,7 @@ def orthogonalize(x):
 
 
 class Muon(torch.optim.Optimizer):
-    """SGD with momentum for matrices, which makes all singular values of an update nearly equal. So it learns
+    """SGD with momentum, but with the singular values of each matrix's update made nearly equal. So it learns
     weak directions of the gradient as fast as strong ones (Liu et al. 2025, arXiv:2502.16982). Muon equals
     torch.optim.Muon(adjust_lr_fn="match_rms_adamw") up to rounding, but stacks the matrices of one shape: one
     by one, the 144 matrices of both towers would make a step on an H100 nearly twice as long."""
@@ -790,7 +791,7 @@ def multiview_loss(model, image_embeds, text_embeds):
 @torch.no_grad()
 def update_ema(ema_model, model, step):
     """ema = ema + (weights - ema) 6 / (7 + step): a moving average, which removes the noise of single steps.
-    The factor falls with each step, so that the mean age of the averaged weights is a seventh of the run."""
+    The factor falls, so that the mean age of the averaged weights is a seventh of all steps so far."""
     averages = [p for p in ema_model.parameters() if p.requires_grad]
     weights = [p for p in model.parameters() if p.requires_grad]
     torch._foreach_lerp_(averages, weights, 6 / (7 + step))
@@ -821,7 +822,7 @@ def train_step_general(model, optimizers, scaler, pixels, ids, lr, recipe):
     seed = torch.initial_seed()  # which `train` set for this step
 
     def encode(i):
-        torch.manual_seed(seed + 1 + i)  # the same dropout in 1 and 3; + 1, since make_batch used `seed`
+        torch.manual_seed(seed + 1 + i)  # steps 1 and 3 drop the same; + 1, since make_batch used `seed`
         with autocast(pixels.device):
             image_embeds, text_embeds = model.encode_image(pixel_parts[i]), model.encode_text(id_parts[i])
         return image_embeds.unflatten(0, (-1, recipe.views)), text_embeds.unflatten(0, (-1, recipe.texts))
@@ -838,8 +839,8 @@ def train_step_general(model, optimizers, scaler, pixels, ids, lr, recipe):
         image_grads, text_grads = image_embeds.grad.split(size), text_embeds.grad.split(size)
         for i in range(len(pixel_parts)):
             images, texts = encode(i)
-            # By the chain rule, these sums together have the gradient that the loss has with respect to the
-            # towers' weights. The scaler has scaled image_grads and text_grads already.
+            # By the chain rule, the gradients of these sums add up to that of the loss. The scaler has
+            # scaled image_grads and text_grads already.
             ((images * image_grads[i]).sum() + (texts * text_grads[i]).sum()).backward()
     if WORLD_SIZE > 1:
         # Each process backpropagates the whole loss, and gather_rows adds up the WORLD_SIZE equal gradients
@@ -925,7 +926,7 @@ def open_data(args, device, tokenizer_name, config):
 
 
 def print_start(model, splits, batch_size, device):
-    """The opening block: device, size, and the losses of a model that guesses."""
+    """Print the device, the size, and the losses of a model that guesses."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     parameters = sum(p.numel() for p in model.parameters())
     B, group = batch_size, min(64, len(splits["val"].photos))
@@ -957,13 +958,13 @@ def parse_args(argv):
 def run(args):
     recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
     device = open_device(args.device)
-    # With --micro-batch the memory suffices, but training is very slow.
+    # With --micro-batch the memory of a CPU suffices, and a very slow run is the user's choice.
     if device.type == "cpu" and args.model == "ViT-B/16" and not recipe.micro_batch:
         advice = "add --model tiny --tokenizer train, or take --data shapes"
         raise data.InputError(f"ViT-B/16, the default for photos, needs a GPU: {advice}")
     config = replace(PRESETS[args.model], causal=args.text == "causal")
     splits, tokenizer = open_data(args, device, args.tokenizer, config)
-    if RANK == 0 and not (args.out / "checkpoint.pt").exists():  # a resumed run has one
+    if RANK == 0 and not (args.out / "checkpoint.pt").exists():  # a resumed run has its tokenizer
         with data.atomic(args.out / "tokenizer") as temporary:
             tokenizer.save_pretrained(temporary)
     torch.manual_seed(recipe.seed)  # the same weights in every process

@@ -95,7 +95,7 @@ class Split:
     def tokens(self, rows, device, cut=False):
         """Token ids of these captions, (len(rows), T) int32, where T is a multiple of 8 or the context. cut
         is for training: T is then the same in every batch, since torch.compile compiles once for each T.
-        About one caption in a thousand is cut."""
+        At most one caption in a thousand is cut."""
         longest = self.usual_length if cut else int(self.lengths[rows].max())
         ids = self.ids[rows, : math.ceil(longest / 8) * 8]
         ids[:, -1] = self.ids[rows, -1]  # a cut caption ends in the end token (padding has its id)
