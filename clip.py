@@ -677,8 +677,8 @@ def load_checkpoint(run_dir):
 
 def resume_run(run_dir, settings, model, ema_model, optimizers):
     """Restore what save_run saved and return the history, empty if there is no checkpoint yet. InputError if
-    the model, the recipe or the data differ. In the recipe only micro_batch may differ, and epochs, unless more
-    are done already."""
+    the model, the recipe or the data differ. In the recipe only micro_batch may differ, and epochs, unless
+    more are done already."""
     if not (Path(run_dir) / "checkpoint.pt").exists():
         print(f"new run   {run_dir}")
         return []
